@@ -1,0 +1,40 @@
+# Two commands: `make workbook` and `make test`. Both set up what is missing; both may be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads that outnumber free cores spin and cost far more than they bring.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup workbook test lab lint requirements clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/ready ## make .venv with the pinned packages and this one
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+workbook: .venv/ready ## run all notebooks on the storybook preset; results, pictures and .html go to outputs/
+	$(BIN)/python -m bksdm_utils.run all
+
+test: .venv/ready ## run the tests
+	$(BIN)/python -m pytest
+
+lab: .venv/ready ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+lint: .venv/ready ## check the style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils tests
+
+requirements: .venv/ready ## compile requirements.txt anew from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --quiet \
+	  --output-file requirements.txt
+
+clean: ## remove what runs wrote, but not the environment
+	find outputs -mindepth 1 ! -name README.md -delete

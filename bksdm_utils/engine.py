@@ -1,0 +1,271 @@
+"""The one training engine, on accelerate: everything that learns here learns through `train`.
+
+Every random choice is a function of (seed, optimizer step, position in the global batch), see `Draw`. A run that was
+killed and resumed, or that is spread over two processes, therefore sees the same examples with the same noise.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; a step is always an optimizer step."""
+
+    max_train_steps: int
+    batch_size: int = 16  # per process and micro-batch
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    lr_schedule: str = "constant"  # constant | linear | cosine, the last two fall to zero
+    lr_decay_start: float = 0.0  # share of the run after which a falling schedule begins to fall
+    lr_warmup_steps: int = 0
+    adam_beta2: float = 0.999
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"  # no | fp16 | bf16
+    seed: int = 0
+    checkpoint_steps: int = 0  # 0 keeps none
+
+    def __post_init__(self):
+        for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
+        if self.lr_schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}: expected constant, linear or cosine")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pictures per optimizer step of one process."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (from 0): warm-up, plateau, fall."""
+        warmup = min(1.0, (step + 1) / (self.lr_warmup_steps + 1))
+        start = self.lr_decay_start * self.max_train_steps
+        done = min(1.0, max(0.0, (step - start) / (self.max_train_steps - start)))
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * warmup * fall[self.lr_schedule]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+@dataclass
+class Draw:
+    """One micro-batch's random choices: which examples, and a generator of its own for each of them.
+
+    Attributes:
+        indices: the examples, one epoch being a permutation of all `num_examples`.
+        generators: CPU generators seeded by (seed, step, position in the global batch).
+    """
+
+    seed: int
+    step: int
+    positions: range
+    global_batch_size: int
+    num_examples: int
+    indices: list[int] = field(init=False)
+    generators: list[torch.Generator] = field(init=False)
+
+    def __post_init__(self):
+        places = [self.step * self.global_batch_size + p for p in self.positions]
+        epochs = [divmod(place, self.num_examples) for place in places]
+        self.indices = [int(_shuffled(self.seed, epoch, self.num_examples)[i]) for epoch, i in epochs]
+        states = [np.random.SeedSequence((self.seed, self.step, p)).generate_state(2) for p in self.positions]
+        self.generators = [torch.Generator().manual_seed(int(a) << 32 | int(b)) for a, b in states]
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal values, (batch, *shape), on the CPU."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+
+    def integers(self, high: int) -> torch.Tensor:
+        """Integers below `high`, (batch,)."""
+        return torch.cat([torch.randint(high, (1,), generator=g) for g in self.generators])
+
+    def uniform(self) -> torch.Tensor:
+        """Values in [0, 1), (batch,)."""
+        return torch.cat([torch.rand(1, generator=g) for g in self.generators])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports: number (from 1), losses (detached, still on the device), rate, seconds."""
+
+    step: int
+    losses: dict[str, torch.Tensor]
+    learning_rate: float
+    seconds: float
+
+    def floats(self) -> dict[str, float]:
+        """Everything as plain numbers; this is where the losses leave the device."""
+        losses = {name: float(value) for name, value in self.losses.items()}
+        return {"step": self.step, **losses, "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3)}
+
+
+class Log:
+    """A CSV file of one row per logged step; on resumption rows of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, step: int = 0):
+        self.path, self.rows = path, []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if step and path.exists():
+            with path.open(newline="") as file:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["step"] <= step]
+        self._write("w", self.rows)
+
+    def append(self, row: dict[str, float]) -> None:
+        """Adds one row; all rows have the same columns."""
+        self.rows.append(row)
+        self._write("a", [row])
+
+    def _write(self, mode: str, rows: list[dict]) -> None:
+        with self.path.open(mode, newline="") as file:
+            if rows:
+                writer = csv.DictWriter(file, rows[0])
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerows(rows)
+
+
+LossFunction = Callable[[torch.nn.Module, Draw], dict[str, torch.Tensor]]
+
+
+class Trainer:
+    """A model, its optimizer, its EMA and the step they stand at.
+
+    The EMA starts as a copy of the model as given. `model` is unwrapped and holds the raw weights; `with
+    trainer.ema_weights():` lends it the averaged ones.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: TrainingConfig, output_dir: str | Path, resume: bool = False):
+        self.config, self.output_dir, self.model = config, Path(output_dir), model
+        cpu = next(model.parameters()).device.type == "cpu"
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, (0.9, config.adam_beta2), weight_decay=config.weight_decay
+        )
+        self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+        self.step = 0
+        if resume:
+            self._load(optimizer)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def steps(self, loss_function: LossFunction, num_examples: int) -> Iterator[Step]:
+        """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
+
+        Args:
+            loss_function: (model, draw) -> named losses; "loss" is what is minimised, the others are only reported.
+            num_examples: size of the data set that `draw.indices` points into.
+        """
+        self.model.train()
+        while self.step < self.config.max_train_steps:
+            started = time.perf_counter()
+            rate = self.config.learning_rate_at(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses = self._backward(loss_function, num_examples)
+            self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.step(self.parameters)
+            self.step += 1
+            if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
+                self.save()
+            yield Step(self.step, losses, rate, time.perf_counter() - started)
+
+    def _backward(self, loss_function: LossFunction, num_examples: int) -> dict[str, torch.Tensor]:
+        """Accumulates the gradient of one global batch; returns the mean of this process' losses."""
+        micro_batches, total = self.config.gradient_accumulation_steps, {}
+        for k in range(micro_batches):
+            draw = self._draw(k, num_examples)
+            self.wrapped.require_backward_grad_sync = k == micro_batches - 1
+            with self.accelerator.autocast():
+                losses = loss_function(self.wrapped, draw)
+            self.accelerator.backward(losses["loss"] / micro_batches)
+            for name, value in losses.items():
+                total[name] = total.get(name, 0) + value.detach() / micro_batches
+        return total
+
+    def _draw(self, micro_batch: int, num_examples: int) -> Draw:
+        size, processes = self.config.batch_size, self.accelerator.num_processes
+        start = (micro_batch * processes + self.accelerator.process_index) * size
+        global_batch_size = processes * self.config.global_batch_size
+        return Draw(self.config.seed, self.step, range(start, start + size), global_batch_size, num_examples)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[torch.nn.Module]:
+        """Lends `model` the EMA weights for the length of a `with` block."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield self.model
+        finally:
+            self.ema.restore(self.parameters)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output_dir / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Writes the state needed for exact resumption, under a temporary name first."""
+        if not self.accelerator.is_main_process:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        part = self.checkpoint.with_suffix(".part")
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "ema": self.ema.state_dict(), "step": self.step, "config": asdict(self.config)}, part)
+        os.replace(part, self.checkpoint)
+
+    def save_models(self, name: str) -> None:
+        """Saves the raw weights as folder `name` and the averaged ones as `name`_ema, each a plain diffusers model."""
+        save_model(self.model, self.output_dir / name)
+        with self.ema_weights() as model:
+            save_model(model, self.output_dir / f"{name}_ema")
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        fixed = ("seed", "batch_size", "gradient_accumulation_steps")
+        changed = {k: (state["config"][k], getattr(self.config, k)) for k in fixed}
+        changed = {k: v for k, v in changed.items() if v[0] != v[1]}
+        if changed:
+            raise ValueError(
+                f"{self.checkpoint} was written with other settings (then, now): {json.dumps(changed)}. "
+                "Use the same settings, or another output_dir, or resume=False."
+            )
+        self.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(next(self.model.parameters()).device)
+        self.step = state["step"]
+
+
+def save_model(model, folder: Path) -> None:
+    """`model.save_pretrained(folder)`, under a temporary name until it is complete."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)

@@ -1,0 +1,326 @@
+"""Start and finish of a notebook run, and the command that runs notebooks headlessly.
+
+    python -m bksdm_utils.run 03 -p variant bk_base,bk_small,bk_tiny -p max_train_steps 200
+    python -m bksdm_utils.run all
+
+A value with commas is swept; every combination is one run. Unknown parameters, presets and variants are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from .presets import PRESETS, ROOT, Preset, find_preset
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+# --- what a notebook may be told --------------------------------------------------------------------------------------
+
+
+def find_notebook(name: str) -> Path:
+    """A notebook by path, file name, full stem or number: "03" is notebooks/03_kd_training.ipynb."""
+    known = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    for path in known:
+        if name in (path.stem, path.name, path.stem.split("_")[0]) or Path(name).resolve() == path:
+            return path
+    raise ValueError(f"unknown notebook {name!r}: expected all or one of {', '.join(p.stem for p in known)}")
+
+
+def parameters_of(notebook: Path) -> dict[str, object]:
+    """The names and default values of a notebook's parameters cell."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
+    if not tagged:
+        raise ValueError(f"{notebook.name} has no cell tagged parameters")
+    tree = ast.parse("".join(tagged[0]["source"]))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+
+
+def check_parameters(notebook: Path, given: Mapping[str, object]) -> None:
+    """Raises ValueError, naming what is known, for a parameter, preset or variant that is not."""
+    known = parameters_of(notebook)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it knows {', '.join(known)}")
+    if given.get("preset") is not None and given["preset"] not in PRESETS:
+        raise ValueError(f"unknown preset {given['preset']!r}: expected one of {', '.join(PRESETS)}")
+    if given.get("variant") is not None:
+        from .surgery import find_plan
+
+        find_plan(given["variant"])
+
+
+# --- inside a notebook ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One run of one notebook.
+
+    Attributes:
+        preset: the preset with the notebook's parameters in place.
+        dir: the folder that everything this run writes goes to.
+    """
+
+    notebook: str
+    preset: Preset
+    variant: str | None
+    seed: int
+    device: str
+    dir: Path
+    config: dict
+    provenance: dict
+    started: float = field(default_factory=time.perf_counter)
+
+    def finish(self, metrics: Mapping[str, object], key_figure: str = "") -> None:
+        """Writes result.json; only a run that came this far has one."""
+        seconds = round(time.perf_counter() - self.started, 1)
+        result = {
+            "notebook": self.notebook, "preset": self.preset.name, "variant": self.variant, "config": self.config,
+            "metrics": {"key_figure": key_figure, **metrics}, "provenance": {**self.provenance, "seconds": seconds},
+        }  # fmt: skip
+        write_json(self.dir / "result.json", result)
+        print(f"{self.notebook} done in {seconds:.0f} s: {key_figure}\nresult: {_relative(self.dir / 'result.json')}")
+
+    def save(self, figure, name: str) -> None:
+        """Saves a matplotlib figure as name.png in the run's folder."""
+        figure.savefig(self.dir / f"{name}.png", dpi=110)
+
+
+def start(notebook: str, variables: Mapping[str, object]) -> Run:
+    """Begins a run: checks the parameters, fills in the preset's, makes the folder, prints one line of provenance.
+
+    Args:
+        notebook: the notebook's stem, "03_kd_training".
+        variables: where the values of its parameters are found; a notebook passes `globals()`.
+
+    Raises:
+        ValueError: an unknown preset or variant, or a number out of range.
+    """
+    path = find_notebook(notebook)
+    given = {name: variables[name] for name in parameters_of(path)}
+    check_parameters(path, given)
+    preset = find_preset(
+        **({"name": given.get("preset", "storybook")} | {k: v for k, v in given.items() if k != "preset"})
+    )
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    variant, seed = given.get("variant"), given.get("seed") or 0
+    folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / folder_name(preset.name, variant))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
+    config = {**given, "resolved": asdict(preset)}
+    write_json(folder / "config.json", config)
+    run = Run(notebook, preset, variant, seed, device, folder, config, provenance(device))
+    print(describe(run))
+    return run
+
+
+def folder_name(preset: str, variant: str | None) -> str:
+    """ "storybook-bk_small", or "storybook" where there is no variant."""
+    return f"{preset}-{variant}" if variant else preset
+
+
+def provenance(device: str) -> dict:
+    """Device, versions, commit and time of a run."""
+    packages = ("torch", "diffusers", "transformers", "accelerate")
+    return {
+        "device": _device_name(device), "threads": os.cpu_count(), "python": platform.python_version(),
+        **{name: version(name) for name in packages}, "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def describe(run: Run) -> str:
+    """The one line that a run begins with."""
+    p = run.provenance
+    what = folder_name(run.preset.name, run.variant)
+    versions = f"torch {p['torch']}, diffusers {p['diffusers']}"
+    return f"{what} on {p['device']} | {versions} | commit {p['commit']} | {_relative(run.dir)}"
+
+
+def collect(runs_dir: Path) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Every result.json below a folder, each with its `folder`, and (path, reason) of those that could not be read."""
+    results, unreadable = [], []
+    for path in sorted(runs_dir.glob("*/*/result.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            missing = {"notebook", "preset", "variant", "config", "metrics", "provenance"} - set(result)
+            if missing:
+                raise ValueError(f"lacks {', '.join(sorted(missing))}")
+            results.append(result | {"folder": f"{path.parent.parent.name}/{path.parent.name}"})
+        except (OSError, ValueError) as error:
+            unreadable.append((str(path), str(error)))
+    return results, unreadable
+
+
+def check(condition: object, proved: str) -> None:
+    """An assertion that says what it proved.
+
+    Raises:
+        AssertionError: the condition does not hold.
+    """
+    if not condition:
+        raise AssertionError(f"does not hold: {proved}")
+    print(f"✓ {proved}")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON under a temporary name and renames it, so that a half-written file never stands."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _relative(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+# --- headless runs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with one set of parameter values."""
+
+    notebook: Path
+    parameters: dict[str, object]
+    dir: Path
+
+
+def literal(text: str) -> object:
+    """A value typed on the command line: a Python literal, true, false, none, or else a string."""
+    lowered = {"true": True, "false": False, "none": None}
+    if text.lower() in lowered:
+        return lowered[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -> list[Job]:
+    """Every notebook with every combination of swept values.
+
+    Raises:
+        ValueError: an unknown notebook, parameter, preset or variant; nothing has run then.
+    """
+    paths = [p for name in notebooks for p in (_all_notebooks() if name == "all" else [find_notebook(name)])]
+    choices = {name: [literal(v) for v in values.split(",")] for name, values in parameters}
+    swept = [name for name, values in choices.items() if len(values) > 1 and name not in ("preset", "variant")]
+    jobs = []
+    for path, values in itertools.product(paths, itertools.product(*choices.values())):
+        given = dict(zip(choices, values, strict=True))
+        check_parameters(path, given)
+        jobs.append(Job(path, given, _job_dir(path, given, swept)))
+    return jobs
+
+
+def _all_notebooks() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str]) -> Path:
+    if given.get("output_dir"):
+        return Path(str(given["output_dir"])).resolve()
+    values = {**parameters_of(path), **given}
+    name = folder_name(str(values.get("preset", "storybook")), values.get("variant"))
+    return ROOT / "outputs" / path.stem / "-".join([name, *(f"{key}_{given[key]}" for key in swept)])
+
+
+def execute(job: Job) -> tuple[str, float, str]:
+    """Runs one job; returns (status, seconds, key figure). The executed notebook is kept also when it fails."""
+    import papermill
+
+    job.dir.mkdir(parents=True, exist_ok=True)
+    executed, started = job.dir / job.notebook.name, time.perf_counter()
+    names = parameters_of(job.notebook)
+    parameters = {**job.parameters, **({"output_dir": str(job.dir)} if "output_dir" in names else {})}
+    (job.dir / "result.json").unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(job.notebook), str(executed), parameters=parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
+            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+        )  # fmt: skip
+        status, figure = "ok", json.loads((job.dir / "result.json").read_text())["metrics"]["key_figure"]
+    except Exception as error:  # whatever a notebook raises, the runs after it still get their turn
+        status, figure = "FAILED", str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    _write_html(executed)
+    return status, time.perf_counter() - started, figure
+
+
+def _write_html(notebook: Path) -> None:
+    from nbconvert import HTMLExporter
+
+    if notebook.exists():
+        body, _ = HTMLExporter().from_filename(str(notebook))
+        notebook.with_suffix(".html").write_text(body, encoding="utf-8")
+
+
+def run_jobs(jobs: Sequence[Job]) -> int:
+    """Runs the jobs one after another, prints a table, returns how many failed."""
+    rows = []
+    for number, job in enumerate(jobs, 1):
+        told = ", ".join(f"{k}={v}" for k, v in job.parameters.items())
+        print(f"\n[{number}/{len(jobs)}] {job.notebook.stem} {told}", flush=True)
+        status, seconds, figure = execute(job)
+        rows.append((f"{job.notebook.stem}/{job.dir.name}", status, f"{seconds:.0f} s", figure))
+        print(f"[{number}/{len(jobs)}] {status} after {seconds:.0f} s", flush=True)
+    print_table(("run", "status", "time", "key figure"), rows)
+    return sum(row[1] != "ok" for row in rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns as wide as their widest entry."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    print()
+    for row in (header, ["-" * w for w in widths], *rows):
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 0 when every run succeeded, 1 when one failed, 2 when nothing could run."""
+    parser = argparse.ArgumentParser(prog="python -m bksdm_utils.run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("notebooks", nargs="+", help='"all", or numbers, names or paths of notebooks')
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    chosen = parser.parse_args(arguments)
+    try:
+        jobs = plan_jobs(chosen.notebooks, chosen.parameter)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if run_jobs(jobs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Prompts to pictures. Each picture has a seed of its own, so batch size and order do not change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from .presets import resolve
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_pipeline(
+    teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline from a diffusers folder or hub id, silent and without a safety checker.
+
+    Raises:
+        ValueError: the folder is missing, incomplete or no Stable Diffusion.
+    """
+    place = resolve(teacher)
+    if Path(place).is_dir():
+        _check_folder(Path(place))
+    _quiet()
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"teacher {str(teacher)!r} could not be loaded: {error}\nExpected a folder as diffusers' save_pretrained "
+            "writes it, or the id of a model on the Hugging Face hub (which needs a network)."
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, dtype)
+
+
+def _quiet() -> None:
+    """No loading bars and hints: a notebook's outputs are for what it shows."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no model_index.json: expected a diffusers Stable Diffusion pipeline folder")
+    parts = json.loads(index.read_text())
+    missing = [part for part in PARTS if part not in parts or not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(f"{folder} is no complete Stable Diffusion: {', '.join(missing)} missing. Expected {PARTS}")
+    if parts["unet"][1] != "UNet2DConditionModel":
+        raise ValueError(f"{folder} holds a {parts['unet'][1]}: expected a UNet2DConditionModel")
+
+
+def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The same pipeline around another U-Net; everything else is shared."""
+    components = {**pipeline.components, "unet": unet}
+    swapped = type(pipeline)(**components, requires_safety_checker=False)
+    swapped.set_progress_bar_config(disable=True)
+    return swapped
+
+
+def picture_seed(seed: int, picture: int) -> int:
+    """The seed of one picture, a function of the run's seed and the picture's number."""
+    high, low = np.random.SeedSequence((seed, picture)).generate_state(2)
+    return int(high) << 32 | int(low)
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    batch_size: int = 16,
+) -> list[Image.Image]:
+    """Draws one picture for each prompt; picture i starts from the noise of `picture_seed(seed, i)`."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        seeds = [picture_seed(seed, start + i) for i in range(len(batch))]
+        pictures += pipeline(
+            batch, generator=[torch.Generator().manual_seed(s) for s in seeds],
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+        ).images  # fmt: skip
+    pipeline.unet.train(was_training)
+    return pictures

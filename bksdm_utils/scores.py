@@ -1,0 +1,127 @@
+"""How good pictures are. First form: CLIP score, and the storybook world's exact zero-shot accuracies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from . import storybook
+from .presets import Preset, resolve
+from .sampling import generate
+from .storybook import Scene
+
+
+class ClipJudge:
+    """A CLIP that compares pictures with texts.
+
+    Args:
+        folder: a transformers CLIPModel folder or hub id with its tokenizer and image processor.
+    """
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
+        self.model = CLIPModel.from_pretrained(folder).to(device).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.processor = CLIPImageProcessor.from_pretrained(folder)
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image], batch_size: int = 128) -> torch.Tensor:
+        """Unit-length embeddings of pictures, (N, D)."""
+        batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
+        embedded = []
+        for batch in batches:
+            pixels = self.processor([p.convert("RGB") for p in batch], return_tensors="pt").pixel_values
+            vision = self.model.vision_model(pixels.to(self.model.device)).pooler_output
+            embedded.append(self.model.visual_projection(vision))
+        return F.normalize(torch.cat(embedded), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> torch.Tensor:
+        """Unit-length embeddings of texts, (N, D)."""
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        text = self.model.text_model(tokens.to(self.model.device)).pooler_output
+        return F.normalize(self.model.text_projection(text), dim=-1)
+
+
+def clip_score(judge: ClipJudge, pictures: Sequence[Image.Image], captions: Sequence[str]) -> float:
+    """Mean cosine between each picture and its caption (the paper's convention: not scaled by 100, not clipped)."""
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption for each picture")
+    return (judge.images(pictures) * judge.texts(captions)).sum(-1).mean().item()
+
+
+def zero_shot_accuracy(
+    judge: ClipJudge, pictures: Sequence[Image.Image], scenes: Sequence[Scene], singles_only: bool = True
+) -> dict[str, float]:
+    """Share of storybook pictures whose size, colour, object and place the judge names rightly among all alternatives.
+
+    Args:
+        singles_only: judge pictures of one object only, where nothing is ambiguous.
+    """
+    chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1 or not singles_only]
+    if not chosen:
+        raise ValueError("no picture of a single object among the scenes: give more scenes, or singles_only=False")
+    embedded = judge.images([pictures[i] for i in chosen])
+    accuracy = {}
+    for attribute in storybook.ATTRIBUTES:
+        options = [scenes[i].alternatives(attribute) for i in chosen]
+        texts = judge.texts([option.caption for group in options for option in group])
+        similarity = torch.einsum("nd,nod->no", embedded, texts.view(len(chosen), len(options[0]), -1))
+        truth = torch.tensor([group.index(scenes[i]) for i, group in zip(chosen, options, strict=True)])
+        accuracy[attribute] = (similarity.argmax(1).cpu() == truth).float().mean().item()
+    return accuracy
+
+
+PROMPTS = (
+    "a photo of a golden retriever puppy in the snow", "a bowl of ramen on a wooden table",
+    "a lighthouse at sunset, oil painting", "a red bicycle leaning against a brick wall",
+    "portrait of an old fisherman with a white beard", "a city street at night in the rain",
+    "a castle on a hill, watercolor", "a vase of tulips by the window",
+)  # fmt: skip
+
+
+class Scorer:
+    """Draws the same captions from the same noise with any pipeline and scores the pictures.
+
+    Storybook pipelines draw held-out scenes; others draw `PROMPTS`, which without a judge are only looked at.
+
+    Args:
+        settings: the preset in force; gives judge, number of pictures, steps and guidance.
+    """
+
+    def __init__(self, settings: Preset, device: str = "cpu", seed: int = 0):
+        self.settings, self.seed, self.scenes = settings, seed, []
+        self.captions = list(PROMPTS[: settings.num_images])
+        self.judge = ClipJudge(resolve(settings.judge), device) if settings.judge else None
+        if settings.train_data_dir is None:
+            self.scenes = [storybook.sample_scene(i, "test") for i in range(settings.num_images)]
+            self.captions = [scene.caption for scene in self.scenes]
+
+    def draw(self, pipeline: StableDiffusionPipeline) -> list[Image.Image]:
+        """One picture for each caption."""
+        return self._draw(pipeline, self.captions, self.settings.num_inference_steps)
+
+    def _draw(self, pipeline, captions: Sequence[str], num_inference_steps: int) -> list[Image.Image]:
+        return generate(pipeline, captions, seed=self.seed, num_inference_steps=num_inference_steps,
+                        guidance_scale=self.settings.guidance_scale)  # fmt: skip
+
+    def scores(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
+        """CLIP score and, for storybook, zero-shot accuracies of single-object pictures; empty without a judge."""
+        if self.judge is None:
+            return {}
+        scores = {"clip_score": clip_score(self.judge, pictures, self.captions)}
+        if any(len(scene.things) == 1 for scene in self.scenes):
+            scores |= zero_shot_accuracy(self.judge, pictures, self.scenes)
+        return {name: round(value, 4) for name, value in scores.items()}
+
+    def proxy(self, pipeline: StableDiffusionPipeline, num_images: int = 24, num_inference_steps: int = 10) -> float:
+        """CLIP score of a few quickly drawn captions, to follow a training by; NaN without a judge."""
+        if self.judge is None:
+            return float("nan")
+        captions = self.captions[:num_images]
+        return round(clip_score(self.judge, self._draw(pipeline, captions, num_inference_steps), captions), 4)

@@ -1,0 +1,56 @@
+"""Shared fixtures: a Stable Diffusion of SD-v1's shape, narrow and with random weights."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bksdm_utils import storybook
+from bksdm_utils.storybook_training import SCHEDULE, new_tokenizer
+
+SD_V1 = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_type": "UNetMidBlock2DCrossAttn",
+}  # fmt: skip
+NARROW = SD_V1 | {
+    "sample_size": 8, "block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def teacher() -> UNet2DConditionModel:
+    """A narrow SD-v1-shaped U-Net with random weights."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel.from_config(NARROW).eval()
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(tmp_path_factory):
+    """A whole narrow Stable Diffusion, VAE factor 8 as in SD-v1, saved in diffusers format."""
+    torch.manual_seed(1)
+    tokenizer = new_tokenizer([storybook.sample_scene(i).caption for i in range(50)])
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=len(tokenizer),
+        max_position_embeddings=20, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4, 8, 8, 8], layers_per_block=1, norm_num_groups=4, latent_channels=4,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=UNet2DConditionModel.from_config(NARROW),
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher")
+    pipeline.save_pretrained(folder)
+    return folder

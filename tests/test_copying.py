@@ -1,0 +1,49 @@
+import pytest
+import torch
+from conftest import SD_V1
+
+from bksdm_utils import copying, surgery
+
+EXAMPLES = {
+    "bk_base": {"up_blocks.1.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
+                "up_blocks.1.attentions.1.norm.weight": "up_blocks.1.attentions.2.norm.weight",
+                "down_blocks.0.resnets.0.conv1.weight": "down_blocks.0.resnets.0.conv1.weight"},
+    "bk_tiny": {"up_blocks.0.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
+                "up_blocks.1.upsamplers.0.conv.weight": "up_blocks.2.upsamplers.0.conv.weight",
+                "down_blocks.1.downsamplers.0.conv.weight": "down_blocks.1.downsamplers.0.conv.weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", surgery.VARIANTS)
+def test_every_student_tensor_of_sd_v1_has_a_source_of_its_shape(variant):
+    teacher = surgery.empty_unet(SD_V1).state_dict()
+    student = surgery.empty_unet(surgery.student_config(SD_V1, variant)).state_dict()
+    names = copying.weight_map(SD_V1, variant)
+    assert set(names) == set(student)
+    assert all(student[name].shape == teacher[source].shape for name, source in names.items())
+    assert len(set(names.values())) == len(names)
+    report = copying.copy_report(names, teacher)
+    assert len(report.kept) + len(report.moved) == len(student) and not report.random
+    assert len(report.removed) == len(teacher) - len(student)
+
+
+@pytest.mark.parametrize("variant", EXAMPLES)
+def test_sources_are_those_of_the_paper(variant):
+    names = copying.weight_map(SD_V1, variant)
+    assert {name: names[name] for name in EXAMPLES[variant]} == EXAMPLES[variant]
+
+
+@pytest.mark.parametrize("variant", surgery.VARIANTS)
+def test_copied_weights_are_bit_equal(variant, teacher):
+    student = surgery.build_student(teacher, variant)
+    source = teacher.state_dict()
+    for name, origin in copying.weight_map(teacher.config, variant).items():
+        assert torch.equal(student.state_dict()[name], source[origin])
+
+
+def test_a_student_of_another_plan_is_refused_and_left_as_it_was(teacher):
+    student = surgery.build_student(teacher, "bk_tiny", copy=False)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with pytest.raises(ValueError, match="does not follow plan 'bk_base'"):
+        copying.copy_weights(teacher, student, "bk_base")
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())

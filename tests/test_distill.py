@@ -1,0 +1,130 @@
+import pytest
+import torch
+from conftest import SD_V1
+from diffusers import DDPMScheduler
+
+from bksdm_utils import costs, distill, surgery
+from bksdm_utils.data import LatentDataset
+from bksdm_utils.distill import Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
+from bksdm_utils.engine import Draw
+
+
+def test_taps_of_base_and_small_are_the_papers():
+    names = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
+    for variant in ("bk_base", "bk_small"):
+        assert tap_pairs(variant, SD_V1) == [(name, name) for name in names]
+
+
+def test_taps_of_tiny_are_the_papers():
+    assert tap_pairs("bk_tiny", SD_V1) == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1"),
+        ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),
+        ("up_blocks.1", "up_blocks.0"),
+        ("up_blocks.2", "up_blocks.1"),
+        ("up_blocks.3", "up_blocks.2"),
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", surgery.VARIANTS)
+def test_gradient_reaches_every_tap(variant, checkpointing, teacher):
+    student = surgery.build_student(teacher, variant).train()
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+    noise = torch.randn(2, 4, 8, 8)
+    inputs = (noise, torch.tensor([10, 500]), torch.randn(2, 20, 16))
+    names = [s for _, s in tap_pairs(variant, teacher.config)]
+    for name in names:
+        student.zero_grad()
+        taps = Taps(student, [name])
+        student(*inputs)
+        (activation,) = taps.take()
+        activation.square().mean().backward()
+        own = [p for n, p in student.named_parameters() if n.startswith(name)]
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in own), name
+        taps.close()
+
+
+def test_checkpointing_does_not_change_losses_or_gradients(teacher):
+    gradients = []
+    for checkpointing in (False, True):
+        student = surgery.build_student(teacher, "bk_tiny").train()
+        if checkpointing:
+            student.enable_gradient_checkpointing()
+        distillation(teacher, student, "bk_tiny").losses(student, draw())["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_activations_are_released_when_taken(teacher):
+    taps = Taps(teacher, ["down_blocks.0"])
+    teacher(*costs.unet_inputs(teacher.config, device="cpu"))
+    assert len(taps.take()) == 1 and not taps._outputs
+    taps.close()
+    teacher(*costs.unet_inputs(teacher.config, device="cpu"))
+    assert not taps._outputs
+
+
+def test_losses_equal_an_independent_computation():
+    torch.manual_seed(0)
+    student, teacher, target, a, b = (torch.randn(2, 4, 8, 8, dtype=torch.float64) for _ in range(5))
+    losses = kd_losses(student, teacher, target, {"tap": (a, b)}, LossWeights(0.5, 2.0, 3.0))
+    by_hand = [((x - y) ** 2).sum().item() / x.numel() for x, y in ((student, target), (student, teacher), (a, b))]
+    found = [losses.task.item(), losses.output.item(), losses.feature["tap"].item()]
+    assert found == pytest.approx(by_hand, rel=1e-6)
+    assert losses.total.item() == pytest.approx(0.5 * by_hand[0] + 2 * by_hand[1] + 3 * by_hand[2], rel=1e-6)
+
+
+def test_v_prediction_target():
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    latents, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([1, 400, 900])
+    a = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    expected = a.sqrt() * noise - (1 - a).sqrt() * latents
+    assert torch.allclose(training_target(scheduler, latents, noise, t), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="expected epsilon or v_prediction"):
+        training_target(DDPMScheduler(prediction_type="sample"), latents, noise, t)
+
+
+def test_an_untouched_student_has_no_distillation_loss(teacher):
+    plan = surgery.identity_plan(teacher.config)
+    student = surgery.build_student(teacher, plan)
+    losses = distillation(teacher, student, plan).losses(student, draw())
+    assert losses["loss_output"].item() == 0 and losses["loss_feature"].item() == 0
+    assert losses["loss"].item() == losses["loss_task"].item() > 0
+
+
+def test_the_teacher_does_not_run_for_the_task_loss_alone(teacher, monkeypatch):
+    student = surgery.build_student(teacher, "bk_base")
+    kd = distillation(teacher, student, "bk_base", LossWeights(1, 0, 0))
+    monkeypatch.setattr(teacher, "forward", lambda *_: pytest.fail("the teacher ran"))
+    losses = kd.losses(student, draw())
+    assert losses["loss"].item() == losses["loss_task"].item()
+
+
+def test_negative_weights_are_refused():
+    with pytest.raises(ValueError, match="must not be negative"):
+        LossWeights(kd_feat=-1.0)
+
+
+def distillation(teacher, student, plan, weights=None):
+    torch.manual_seed(2)
+    embedding = torch.nn.Embedding(50, 16)
+    text_encoder = torch.nn.Sequential(embedding)
+    text_encoder.forward = lambda ids: (embedding(ids),)
+    data = LatentDataset(
+        torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), torch.randint(50, (6, 20)), ["x"] * 6, []
+    )
+    pairs = tap_pairs(plan, teacher.config)
+    return Distillation(teacher, student, text_encoder, DDPMScheduler(), data, pairs, weights or LossWeights())
+
+
+def draw():
+    return Draw(seed=0, step=0, positions=range(3), global_batch_size=3, num_examples=6)
+
+
+def test_tap_features_leave_no_hooks(teacher):
+    inputs = costs.unet_inputs(teacher.config, device="cpu")
+    features = distill.tap_features(teacher, ["mid_block"], *inputs)
+    assert features[0].shape == (1, 32, 1, 1)
+    assert not teacher.mid_block._forward_hooks

@@ -1,0 +1,125 @@
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bksdm_utils.engine import Draw, Log, Trainer, TrainingConfig, save_model
+
+CONFIG = TrainingConfig(6, batch_size=4, learning_rate=1e-2, checkpoint_steps=2, lr_schedule="cosine", ema_decay=0.9)
+EXAMPLES = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+
+
+def model():
+    torch.manual_seed(1)
+    return torch.nn.Linear(3, 3)
+
+
+def loss_function(model, draw):
+    noisy = EXAMPLES[draw.indices] + draw.normal(3)
+    return {"loss": F.mse_loss(model(noisy), EXAMPLES[draw.indices])}
+
+
+def trained(folder, config=CONFIG, resume=False):
+    trainer = Trainer(model(), config, folder, resume)
+    return trainer, [step.floats()["loss"] for step in trainer.steps(loss_function, len(EXAMPLES))]
+
+
+def test_the_ema_starts_as_a_copy_of_the_model(tmp_path):
+    trainer = Trainer(model(), CONFIG, tmp_path)
+    assert all(torch.equal(e, p) for e, p in zip(trainer.ema.shadow_params, trainer.model.parameters(), strict=True))
+
+
+def test_ema_weights_are_lent_and_given_back(tmp_path):
+    trainer, _ = trained(tmp_path)
+    raw = trainer.model.weight.clone()
+    with trainer.ema_weights() as averaged:
+        assert torch.equal(averaged.weight, trainer.ema.shadow_params[0]) and not torch.equal(averaged.weight, raw)
+    assert torch.equal(trainer.model.weight, raw)
+
+
+def test_two_runs_of_one_seed_are_equal(tmp_path):
+    (one, losses), (other, again) = trained(tmp_path / "a"), trained(tmp_path / "b")
+    assert losses == again and torch.equal(one.model.weight, other.model.weight)
+    assert losses != trained(tmp_path / "c", replace(CONFIG, seed=1))[1]
+
+
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path):
+    whole, losses = trained(tmp_path / "whole")
+    stopped = Trainer(model(), CONFIG, tmp_path / "stopped")
+    for step in stopped.steps(loss_function, len(EXAMPLES)):
+        if step.step == 5:  # one step after the last checkpoint, which is then done again
+            break
+    resumed, rest = trained(tmp_path / "stopped", resume=True)
+    assert rest == losses[4:]
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert torch.equal(resumed.ema.shadow_params[0], whole.ema.shadow_params[0])
+
+
+def test_resuming_with_another_batch_size_is_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(ValueError, match='"batch_size": \\[4, 2\\]'):
+        Trainer(model(), replace(CONFIG, batch_size=2), tmp_path, resume=True)
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer, _ = trained(tmp_path)
+    before = trainer.checkpoint.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    assert trainer.checkpoint.read_bytes() == before
+
+
+def test_accumulation_draws_what_one_large_batch_draws(tmp_path):
+    _, large = trained(tmp_path / "a", replace(CONFIG, batch_size=4))
+    _, small = trained(tmp_path / "b", replace(CONFIG, batch_size=1, gradient_accumulation_steps=4))
+    assert small == pytest.approx(large, rel=1e-5)
+
+
+def test_draws_depend_on_step_and_position_alone():
+    whole = Draw(0, 3, range(0, 8), 8, 10)
+    half = Draw(0, 3, range(4, 8), 8, 10)
+    assert whole.indices[4:] == half.indices
+    assert torch.equal(whole.normal(2, 2)[4:], half.normal(2, 2))
+    assert not torch.equal(Draw(0, 4, range(0, 8), 8, 10).normal(2), Draw(0, 3, range(0, 8), 8, 10).normal(2))
+
+
+def test_an_epoch_shows_every_example_once():
+    seen = [i for step in range(5) for i in Draw(7, step, range(4), 4, 10).indices]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_schedules_count_optimizer_steps():
+    config = TrainingConfig(100, learning_rate=1.0, lr_schedule="linear", lr_warmup_steps=9, lr_decay_start=0.5)
+    rates = [config.learning_rate_at(step) for step in (0, 9, 50, 75, 100)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"learning_rate": -1.0}, {"max_train_steps": -5}, {"lr_schedule": "cos"}]
+)
+def test_settings_that_cannot_be_meant_are_refused(bad):
+    with pytest.raises(ValueError, match="expected"):
+        replace(CONFIG, **bad)
+
+
+def test_a_resumed_log_drops_rows_that_are_done_again(tmp_path):
+    log = Log(tmp_path / "log.csv")
+    for step in range(1, 6):
+        log.append({"step": step, "loss": step / 10})
+    resumed = Log(tmp_path / "log.csv", step=3)
+    resumed.append({"step": 4, "loss": 1.0})
+    assert [row["loss"] for row in Log(tmp_path / "log.csv", step=9).rows] == [0.1, 0.2, 0.3, 1.0]
+
+
+def test_a_model_is_saved_whole_or_not_at_all(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_model(Broken(), tmp_path / "unet")
+    assert not (tmp_path / "unet").exists()

@@ -1,0 +1,105 @@
+import json
+
+import nbformat
+import pytest
+
+from bksdm_utils import run
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A folder with one notebook that works when `number` is positive."""
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    parameters = nbformat.v4.new_code_cell(
+        'preset = "storybook"  # a preset\nvariant = "bk_small"  # a variant\n'
+        "number = 1  # any\noutput_dir = None  # folder"
+    )
+    parameters.metadata["tags"] = ["parameters"]
+    body = nbformat.v4.new_code_cell(
+        'import json, pathlib\nassert number > 0, "number must be positive"\nprint("working with", number)\n'
+        'result = {"metrics": {"key_figure": f"{variant} {number}"}}\n'
+        '(pathlib.Path(output_dir) / "result.json").write_text(json.dumps(result))'
+    )
+    notebook.cells = [parameters, body]
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "42_answer.ipynb")
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_number_finds_its_notebook(notebooks):
+    assert run.find_notebook("42").name == run.find_notebook("42_answer").name == "42_answer.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["41"], "expected all or one of 42_answer"),
+        (["42", "-p", "nubmer", "1"], "it knows preset, variant, number, output_dir"),
+        (["42", "-p", "variant", "bk_small,bk_huge"], "expected one of bk_base, bk_small, bk_tiny"),
+        (["42", "-p", "preset", "sd-v9"], "expected one of storybook, sd-v1.4"),
+    ],
+)
+def test_what_is_unknown_is_refused_before_anything_runs(notebooks, arguments, said, capsys):
+    assert run.main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not (notebooks / "outputs").exists()
+
+
+def test_a_sweep_runs_every_value_and_goes_on_after_a_failure(notebooks, capfd):
+    assert run.main(["42", "-p", "number", "1,-1,2"]) == 1
+    folders = notebooks / "outputs" / "42_answer"
+    printed = capfd.readouterr().out
+    assert "working with 2" in printed and "number must be positive" in printed
+    assert printed.count("FAILED") == 2 and "bk_small 2" in printed
+    good, bad = folders / "storybook-bk_small-number_2", folders / "storybook-bk_small-number_-1"
+    assert json.loads((good / "result.json").read_text())["metrics"]["key_figure"] == "bk_small 2"
+    assert (good / "42_answer.html").exists() and (bad / "42_answer.ipynb").exists()
+    assert not (bad / "result.json").exists()
+
+
+def test_variants_are_swept_into_the_folders_of_the_design(notebooks):
+    jobs = run.plan_jobs(["42"], [("variant", "bk_base,bk_tiny")])
+    assert [job.dir.name for job in jobs] == ["storybook-bk_base", "storybook-bk_tiny"]
+
+
+def test_values_are_read_as_python_reads_them():
+    assert [run.literal(v) for v in ("8", "1e-4", "true", "None", "bk_tiny", "data/x")] == [
+        8,
+        1e-4,
+        True,
+        None,
+        "bk_tiny",
+        "data/x",
+    ]
+
+
+def test_start_refuses_bad_numbers_and_forgets_old_results(tmp_path):
+    values = run.parameters_of(run.find_notebook("03")) | {"output_dir": str(tmp_path)}
+    (tmp_path / "result.json").write_text("{}")
+    started = run.start("03_kd_training", values)
+    assert not (tmp_path / "result.json").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["resolved"]["name"] == "storybook"
+    started.finish({"score": 1.0}, key_figure="one")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"notebook", "preset", "variant", "config", "metrics", "provenance"}
+    for bad in ({"batch_size": -1}, {"learning_rate": 0}, {"lambda_sd": -1.0}, {"resolution": 100}):
+        with pytest.raises(ValueError, match="expected"):
+            run.start("03_kd_training", values | bad)
+
+
+def test_broken_results_are_set_aside(tmp_path):
+    for name, text in {"a": "{", "b": "{}", "c": json.dumps(dict.fromkeys(
+        ("notebook", "preset", "variant", "config", "metrics", "provenance"), "x"))}.items():  # fmt: skip
+        (tmp_path / "03_kd_training" / name).mkdir(parents=True)
+        (tmp_path / "03_kd_training" / name / "result.json").write_text(text)
+    results, unreadable = run.collect(tmp_path)
+    assert [r["folder"] for r in results] == ["03_kd_training/c"] and len(unreadable) == 2
+
+
+def test_a_check_says_what_it_proved_or_fails(capsys):
+    run.check(True, "one is one")
+    assert "✓ one is one" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="does not hold: one is two"):
+        run.check(False, "one is two")

@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from bksdm_utils import storybook
+from bksdm_utils.presets import ROOT, find_preset
+from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, zero_shot_accuracy
+
+STORYBOOK = ROOT / "data" / "storybook"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return ClipJudge(STORYBOOK / "clip")
+
+
+@pytest.fixture(scope="module")
+def real():
+    scenes = [storybook.sample_scene(seed, "test", pair_share=0.0) for seed in range(256)]
+    return scenes, [storybook.render(scene, seed) for seed, scene in enumerate(scenes)]
+
+
+def test_the_judge_names_real_held_out_renders(judge, real):
+    scenes, pictures = real
+    accuracy = zero_shot_accuracy(judge, pictures, scenes)
+    assert set(accuracy) == set(storybook.ATTRIBUTES)
+    assert min(accuracy.values()) >= 0.97
+
+
+def test_the_clip_score_tells_right_from_wrong(judge, real):
+    scenes, pictures = real
+    captions = [scene.caption for scene in scenes]
+    assert clip_score(judge, pictures, captions) > clip_score(judge, pictures[1:] + pictures[:1], captions) + 0.2
+
+
+def test_the_clip_score_of_grey_pictures_is_low(judge, real):
+    scenes, pictures = real
+    grey = [Image.new("RGB", (64, 64), "grey")] * len(pictures)
+    captions = [scene.caption for scene in scenes]
+    assert clip_score(judge, grey, captions) < clip_score(judge, pictures, captions) / 2
+
+
+def test_as_many_captions_as_pictures(judge, real):
+    with pytest.raises(ValueError, match="one caption for each picture"):
+        clip_score(judge, real[1], ["a cat"])
+
+
+def test_accuracy_needs_pictures_of_one_thing(judge, real):
+    pair = next(s for s in map(storybook.sample_scene, range(50)) if len(s.things) == 2)
+    with pytest.raises(ValueError, match="no picture of a single object"):
+        zero_shot_accuracy(judge, real[1][:1], [pair])
+
+
+def test_without_a_judge_nothing_is_scored():
+    scorer = Scorer(find_preset("sd-v1.4"))
+    assert scorer.captions == list(PROMPTS) and scorer.scores([]) == {}
+    assert scorer.proxy(None) != scorer.proxy(None)  # NaN
+
+
+def test_the_committed_scores_hold_the_bar():
+    scores = json.loads((STORYBOOK / "scores.json").read_text())
+    assert scores["num_images"] == 256 and scores["psnr"] >= 26
+    assert scores["teacher"]["clip_score"] >= 0.9 * scores["real"]["clip_score"]
+    assert scores["teacher"]["object"] >= 0.85 and scores["teacher"]["colour"] >= 0.9
+    assert scores["teacher"]["place"] >= 0.95
+
+
+def test_the_committed_teacher_is_small_and_loads_without_this_package(tmp_path):
+    files = [path for path in STORYBOOK.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    program = (
+        "import sys; from diffusers import StableDiffusionPipeline\n"
+        f"pipe = StableDiffusionPipeline.from_pretrained({str(STORYBOOK / 'teacher')!r})\n"
+        "picture = pipe('a big red cat at night', num_inference_steps=4).images[0]\n"
+        "assert picture.size == (64, 64) and not any(m.startswith('bksdm') for m in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
