@@ -33,7 +33,7 @@ lint: .venv/ready ## check the style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils tests
 
 requirements: .venv/ready ## compile requirements.txt anew from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --quiet \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --quiet \
 	  --output-file requirements.txt
 
 clean: ## remove what runs wrote, but not the environment

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -74,6 +74,8 @@ class Run:
     Attributes:
         preset: the preset with the notebook's parameters in place.
         dir: the folder that everything this run writes goes to.
+        standard: whether this is the run that the notebook's claims are about: a measured preset and no parameter but
+            variant, seed and output_dir changed. Claims about results are checked in such runs only.
     """
 
     notebook: str
@@ -84,6 +86,7 @@ class Run:
     dir: Path
     config: dict
     provenance: dict
+    standard: bool
     started: float = field(default_factory=time.perf_counter)
 
     def finish(self, metrics: Mapping[str, object], key_figure: str = "") -> None:
@@ -126,7 +129,10 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
     config = {**given, "resolved": asdict(preset)}
     write_json(folder / "config.json", config)
-    run = Run(notebook, preset, variant, seed, device, folder, config, provenance(device))
+    free = ("variant", "seed", "output_dir")
+    changed = {name for name, value in parameters_of(path).items() if given[name] != value and name not in free}
+    standard = preset.measured and not changed
+    run = Run(notebook, preset, variant, seed, device, folder, config, provenance(device), standard)
     print(describe(run))
     return run
 
@@ -234,8 +240,8 @@ def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -
     Raises:
         ValueError: an unknown notebook, parameter, preset or variant; nothing has run then.
     """
-    paths = [p for name in notebooks for p in (_all_notebooks() if name == "all" else [find_notebook(name)])]
     choices = {name: [literal(v) for v in values.split(",")] for name, values in parameters}
+    paths = [find_notebook(name) for name in notebooks] if "all" not in notebooks else _all_notebooks(choices)
     swept = [name for name, values in choices.items() if len(values) > 1 and name not in ("preset", "variant")]
     jobs = []
     for path, values in itertools.product(paths, itertools.product(*choices.values())):
@@ -245,8 +251,13 @@ def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -
     return jobs
 
 
-def _all_notebooks() -> list[Path]:
-    return sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+def _all_notebooks(needed: Iterable[str]) -> list[Path]:
+    """Every notebook that knows all the parameters given."""
+    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    chosen = [path for path in paths if set(needed) <= set(parameters_of(path))]
+    if not chosen:
+        raise ValueError(f"no notebook knows all of {', '.join(needed)}: see papermill --help-notebook NOTEBOOK")
+    return chosen
 
 
 def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str]) -> Path:

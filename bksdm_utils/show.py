@@ -32,10 +32,11 @@ def image_grid(
     rows: Mapping[str, Sequence[Image.Image]], titles: Sequence[str] = (), scale: float = 1.25, wrap: int = 22
 ) -> Figure:
     """One row of pictures for each entry, its name at the left; `titles` stand above the columns."""
-    columns = max(len(row) for row in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(scale * columns + 1.2, scale * len(rows) + (0.5 if titles else 0.1)), squeeze=False
-    )
+    columns, titles = max(len(row) for row in rows.values()), [_wrapped(title, wrap) for title in titles]
+    margin = 0.1 + 0.075 * max(map(len, rows))  # inches, for the names at the left
+    above = 0.1 + 0.13 * max((title.count("\n") + 1 for title in titles), default=0)
+    width, height = scale * columns + margin, scale * len(rows) + above
+    figure, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.axis("off")
@@ -43,8 +44,8 @@ def image_grid(
             axis.imshow(picture, interpolation="nearest")
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(_wrapped(title, wrap), fontsize=6.5)
-    figure.subplots_adjust(wspace=0.04, hspace=0.04, left=0.12, right=0.995, bottom=0.01, top=0.86 if titles else 0.99)
+        axis.set_title(title, fontsize=6.5, pad=2)
+    figure.subplots_adjust(margin / width, 0.01, 0.995, 1 - above / height, wspace=0.04, hspace=0.04)
     return figure
 
 
@@ -57,8 +58,10 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], xlabel: str = "optimizer step",
-           log: Sequence[str] = ()) -> Figure:  # fmt: skip
+Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
+
+
+def curves(panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = ()) -> Figure:
     """One panel for each entry, in it a line for each series of (x, y); panels named in `log` are logarithmic."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
     for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
@@ -120,10 +123,10 @@ def training_curves(rows: Sequence[Mapping[str, float]], validation: Sequence[tu
 
     losses = series(["loss_task", "loss_output", "loss_feature"])
     taps = series([name for name in rows[0] if name.startswith("feature/")])
-    panels = {"losses": losses, "feature loss of each tap": taps, "proxy CLIP score": {"EMA student": validation}}
-    return curves(
-        {title: lines for title, lines in panels.items() if lines}, log=("losses", "feature loss of each tap")
-    )
+    scored = [(step, score) for step, score in validation if score == score]  # NaN without a judge
+    panels = {"losses": losses, "feature loss of each tap": taps, "proxy CLIP score": {"EMA student": scored}}
+    shown = {title: lines for title, lines in panels.items() if any(lines.values())}
+    return curves(shown, log=("losses", "feature loss of each tap"))
 
 
 def smoothed(values: Sequence[float], width: int = 10) -> list[float]:

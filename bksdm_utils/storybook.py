@@ -49,7 +49,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one thing, or two and how the first lies to the second, in a place."""
+    """What a picture shows: one thing, or two and how the first lies to the second, in a place; or the place alone."""
 
     things: tuple[Thing, ...]
     place: str
@@ -107,7 +107,7 @@ def render(scene: Scene, seed: int = 0, size: int = SIZE) -> Image.Image:
     """Draws `scene` as an RGB picture of `size` pixels a side; `seed` moves it a little and varies the place."""
     rng = random.Random(f"render-{seed}")
     canvas = _backdrop(scene.place, size * OVERSAMPLING, rng)
-    for thing, centre in zip(scene.things, _centres(scene, rng), strict=True):
+    for thing, centre in zip(scene.things, _centres(scene, rng), strict=False):
         _paste(canvas, thing, centre)
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 

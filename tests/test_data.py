@@ -30,8 +30,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def preset(folder, **changes):
-    return find_preset("sd-v1.4", train_data_dir=str(folder), resolution=64, **changes)
+def preset(folder, resolution=64):
+    return find_preset("sd-v1.4", train_data_dir=str(folder), resolution=resolution)
 
 
 def test_odd_rows_and_pictures_are_set_aside_by_name(folder, pipeline_dir, tmp_path):
@@ -72,7 +72,7 @@ def test_the_cache_knows_pictures_resolution_and_vae(folder, pipeline_dir, tmp_p
     assert entries() == 2
     pipeline.vae.encoder.conv_in.bias.data += 1
     assert entries() == 3
-    data.load_latents(preset(folder, resolution=None).with_parameters(resolution=32), pipeline, cache)
+    data.load_latents(preset(folder, resolution=32), pipeline, cache)
     assert len(list(cache.iterdir())) == 4
 
 

@@ -9,7 +9,8 @@ from bksdm_utils import run
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     """A folder with one notebook that works when `number` is positive."""
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     parameters = nbformat.v4.new_code_cell(
         'preset = "storybook"  # a preset\nvariant = "bk_small"  # a variant\n'
         "number = 1  # any\noutput_dir = None  # folder"
