@@ -1,4 +1,4 @@
-"""Where each student weight comes from: a complete map by name, and the copy (section 3.2 of the paper)."""
+"""Where each student weight comes from: a complete map by name, and the copy (section 3.1 of the paper)."""
 
 from __future__ import annotations
 

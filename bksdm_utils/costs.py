@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates in two stated conventions, latency, memory of its weights.
+"""What a network costs: parameters, multiply-accumulates in two stated conventions, latency.
 
 `macs` follows the paper (thop's convention): convolutions and linear layers, and 4 x numel for each LayerNorm; the
 matrix products inside attention are left out. `macs_with_attention` counts every convolution and matrix product.

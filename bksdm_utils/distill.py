@@ -1,6 +1,6 @@
 """Knowledge distillation from teacher to student: taps, the three losses, and what a training step minimises.
 
-Section 3.3 of the paper:  L = λ_sd · L_task + λ_out · L_output + λ_feat · Σ L_feature.
+Section 3.2 of the paper:  L = λ_sd · L_Task + λ_out · L_OutKD + λ_feat · L_FeatKD.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from .data import LatentDataset
 from .engine import Draw
-from .surgery import RemovalPlan, find_plan
+from .surgery import RemovalPlan, find_plan, layers_per_stage
 
 
 def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping) -> list[tuple[str, str]]:
@@ -29,42 +29,40 @@ def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping) -> list[tuple[st
     pairs = [(f"down_blocks.{s}", f"down_blocks.{s}") for s in range(kept)]
     if kept < total:
         last = kept - 1
-        layers = _layers(teacher_config, last)
+        layers = layers_per_stage(teacher_config)[last]
         kind = "attentions.{}.proj_out" if "CrossAttn" in teacher_config["down_block_types"][last] else "resnets.{}"
         student_last = len(plan.stages[last].down) - 1
         pairs[last] = tuple(f"down_blocks.{last}." + kind.format(n) for n in (layers - 1, student_last))
     return pairs + [(f"up_blocks.{u + total - kept}", f"up_blocks.{u}") for u in range(kept)]
 
 
-def _layers(config: Mapping, stage: int) -> int:
-    layers = config["layers_per_block"]
-    return layers if isinstance(layers, int) else layers[stage]
-
-
 class Taps:
-    """Keeps the outputs of named modules of one model until they are taken.
+    """Keeps the outputs of named modules of one model, from `listen` until `take`.
 
-    Modules are held by reference, so wrapping the model later does not lose them. A module that gradient checkpointing
-    runs a second time does not replace its first output, which is the one that carries the gradient.
+    Modules are held by reference, so wrapping the model later does not lose them. Passes outside of `listen` … `take`
+    leave no trace: neither a validation's drawing nor the second pass of gradient checkpointing, whose outputs carry
+    no gradient.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.names, self._outputs = list(names), {}
+        self.names, self._outputs = list(names), None
         self._handles = [model.get_submodule(n).register_forward_hook(self._keeper(n)) for n in self.names]
 
     def _keeper(self, name: str):
         def hook(_module, _inputs, output) -> None:
-            if torch.is_grad_enabled() and name in self._outputs:
-                return
-            self._outputs[name] = output[0] if isinstance(output, tuple) else output  # hidden states, no skip tuple
+            if self._outputs is not None:
+                self._outputs[name] = output[0] if isinstance(output, tuple) else output  # no skip tuple
 
         return hook
 
+    def listen(self) -> None:
+        """From here on outputs are kept, the latest of each module."""
+        self._outputs = {}
+
     def take(self) -> list[torch.Tensor]:
-        """The outputs in the order of `names`; they are released here."""
-        outputs = [self._outputs[name] for name in self.names]
-        self._outputs.clear()
-        return outputs
+        """The outputs in the order of `names`; they are released here, and no further ones are kept."""
+        outputs, self._outputs = self._outputs, None
+        return [outputs[name] for name in self.names]
 
     def close(self) -> None:
         """Removes the hooks."""
@@ -103,7 +101,7 @@ def kd_losses(
     features: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     weights: LossWeights = LossWeights(),
 ) -> KDLosses:
-    """The paper's losses (equations 1 to 4), in fp32.
+    """The paper's three losses, each a mean over all elements, in fp32.
 
     Args:
         prediction, teacher_prediction, target: (B, 4, H, W); the target is ε, or v for a v-prediction teacher.
@@ -135,7 +133,7 @@ class Distillation:
         scheduler: the DDPM noise schedule of the teacher.
         data: latents and token ids.
         taps: what `tap_pairs` gives; none for training without feature distillation.
-        weights: λ_sd, λ_out, λ_feat. Terms of weight 0 are not computed, and without KD the teacher does not run.
+        weights: λ_sd, λ_out, λ_feat. With λ_feat 0 nothing is tapped, with λ_out 0 too the teacher does not run.
     """
 
     def __init__(
@@ -161,6 +159,8 @@ class Distillation:
         noise = draw.normal(*latents.shape[1:]).to(latents)
         timesteps = draw.integers(self.scheduler.config.num_train_timesteps).to(latents.device)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+        self.teacher_taps.listen()
+        self.student_taps.listen()
         with torch.no_grad():
             hidden_states = self.text_encoder(token_ids)[0]
             teacher_prediction = self._teacher(noisy_latents, timesteps, hidden_states)
@@ -187,6 +187,7 @@ class Distillation:
 def tap_features(unet: UNet2DConditionModel, names: Sequence[str], *inputs: torch.Tensor) -> list[torch.Tensor]:
     """Activations (B, C, H, W) of the named modules in one pass over (noisy latents, timesteps, hidden states)."""
     taps = Taps(unet, names)
+    taps.listen()
     try:
         unet(*inputs)
         return taps.take()

@@ -1,4 +1,4 @@
-"""The one training engine, on accelerate: everything that learns here learns through `train`.
+"""The one training engine, on accelerate: everything that learns here learns through `Trainer`.
 
 Every random choice is a function of (seed, optimizer step, position in the global batch), see `Draw`. A run that was
 killed and resumed, or that is spread over two processes, therefore sees the same examples with the same noise.
@@ -14,13 +14,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
 from diffusers.training_utils import EMAModel
 
 
@@ -49,11 +50,6 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
         if self.lr_schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}: expected constant, linear or cosine")
-
-    @property
-    def global_batch_size(self) -> int:
-        """Pictures per optimizer step of one process."""
-        return self.batch_size * self.gradient_accumulation_steps
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0): warm-up, plateau, fall."""
@@ -129,7 +125,8 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         if step and path.exists():
             with path.open(newline="") as file:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+                whole = [row for row in csv.DictReader(file) if all(row.values())]  # a kill may cut the last one short
+                rows = [{k: float(v) for k, v in row.items()} for row in whole]
             self.rows = [row for row in rows if row["step"] <= step]
         self._write("w", self.rows)
 
@@ -145,6 +142,12 @@ class Log:
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerows(rows)
+
+
+def over_processes(function: Callable[[list[int]], torch.Tensor], count: int, device: str = "cpu") -> torch.Tensor:
+    """`function(range(count))`, each process computing its share of the rows; all get the whole."""
+    with PartialState(cpu=device == "cpu").split_between_processes(list(range(count))) as share:
+        return gather(function(share))
 
 
 LossFunction = Callable[[torch.nn.Module, Draw], dict[str, torch.Tensor]]
@@ -169,7 +172,11 @@ class Trainer:
         self.step = 0
         if resume:
             self._load(optimizer)
+        else:
+            self.checkpoint.unlink(missing_ok=True)  # a later resume must not go on from an older run
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # accelerate wraps forward in autocast for good; `_backward` does so itself, so drawing stays in full precision.
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
 
     def steps(self, loss_function: LossFunction, num_examples: int) -> Iterator[Step]:
         """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
@@ -190,9 +197,12 @@ class Trainer:
             self.optimizer.zero_grad()
             self.ema.step(self.parameters)
             self.step += 1
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()  # so that the seconds are those of the step
+            seconds = time.perf_counter() - started
             if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
                 self.save()
-            yield Step(self.step, losses, rate, time.perf_counter() - started)
+            yield Step(self.step, losses, rate, seconds)
 
     def _backward(self, loss_function: LossFunction, num_examples: int) -> dict[str, torch.Tensor]:
         """Accumulates the gradient of one global batch; returns the mean of this process' losses."""
@@ -210,8 +220,12 @@ class Trainer:
     def _draw(self, micro_batch: int, num_examples: int) -> Draw:
         size, processes = self.config.batch_size, self.accelerator.num_processes
         start = (micro_batch * processes + self.accelerator.process_index) * size
-        global_batch_size = processes * self.config.global_batch_size
-        return Draw(self.config.seed, self.step, range(start, start + size), global_batch_size, num_examples)
+        return Draw(self.config.seed, self.step, range(start, start + size), self.global_batch_size, num_examples)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples per optimizer step, over all processes and micro-batches."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.accelerator.num_processes
 
     @contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
@@ -234,7 +248,7 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "ema": self.ema.state_dict(), "step": self.step, "config": asdict(self.config)}, part)
+        torch.save({**state, "ema": self.ema.state_dict(), "step": self.step, "fixed": self._fixed()}, part)
         os.replace(part, self.checkpoint)
 
     def save_models(self, name: str) -> None:
@@ -245,11 +259,10 @@ class Trainer:
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.checkpoint.exists():
+            print(f"nothing to resume in {self.output_dir.name}: starting from the first step")
             return
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        fixed = ("seed", "batch_size", "gradient_accumulation_steps")
-        changed = {k: (state["config"][k], getattr(self.config, k)) for k in fixed}
-        changed = {k: v for k, v in changed.items() if v[0] != v[1]}
+        changed = {k: (v, self._fixed()[k]) for k, v in state["fixed"].items() if v != self._fixed()[k]}
         if changed:
             raise ValueError(
                 f"{self.checkpoint} was written with other settings (then, now): {json.dumps(changed)}. "
@@ -260,6 +273,11 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         self.ema.to(next(self.model.parameters()).device)
         self.step = state["step"]
+
+    def _fixed(self) -> dict[str, object]:
+        """What must not change between a run and its resumption; rates and lengths may."""
+        names = ("seed", "weight_decay", "max_grad_norm", "adam_beta2", "ema_decay", "mixed_precision")
+        return {"global_batch_size": self.global_batch_size, **{name: getattr(self.config, name) for name in names}}
 
 
 def save_model(model, folder: Path) -> None:

@@ -33,7 +33,6 @@ class Preset:
     learning_rate: float = 5e-5
     lr_schedule: str = "constant"
     lr_warmup_steps: int = 0
-    adam_beta2: float = 0.999
     ema_decay: float = 0.9999
     mixed_precision: str = "bf16"
     lambda_sd: float = 1.0
@@ -60,6 +59,12 @@ class Preset:
 
     def check(self) -> None:
         """Raises ValueError for sizes, rates and counts that cannot be meant."""
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.type == "int"
+            if field.type in ("int", "float") and not isinstance(value, int if whole else (int, float)):
+                raise ValueError(f"{field.name} is {value!r}: expected a {'whole ' if whole else ''}number")
+        if self.num_inference_steps < 4:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
         positive = ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
                     "num_inference_steps", "num_images", "validation_steps")  # fmt: skip
         for name in positive:
@@ -78,6 +83,13 @@ STORYBOOK = Preset(
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=4.0, num_images=96,
     num_train_scenes=4_000, validation_steps=100, measured=True,
 )  # fmt: skip
+
+SD_V1_UNET = {  # the facts of SD-v1.4's and v1.5's U-Net config that architecture and costs depend on
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_type": "UNetMidBlock2DCrossAttn",
+}  # fmt: skip
 
 LAION_AES = "data/laion_aes/preprocessed_212k"
 

@@ -12,8 +12,10 @@ import argparse
 import ast
 import itertools
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -75,7 +77,7 @@ class Run:
         preset: the preset with the notebook's parameters in place.
         dir: the folder that everything this run writes goes to.
         standard: whether this is the run that the notebook's claims are about: a measured preset and no parameter but
-            variant, seed and output_dir changed. Claims about results are checked in such runs only.
+            variant and output_dir changed. Claims about results are checked in such runs only.
     """
 
     notebook: str
@@ -101,7 +103,7 @@ class Run:
 
     def save(self, figure, name: str) -> None:
         """Saves a matplotlib figure as name.png in the run's folder."""
-        figure.savefig(self.dir / f"{name}.png", dpi=110)
+        figure.savefig(self.dir / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
 def start(notebook: str, variables: Mapping[str, object]) -> Run:
@@ -129,7 +131,7 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
     config = {**given, "resolved": asdict(preset)}
     write_json(folder / "config.json", config)
-    free = ("variant", "seed", "output_dir")
+    free = ("variant", "output_dir")
     changed = {name for name, value in parameters_of(path).items() if given[name] != value and name not in free}
     standard = preset.measured and not changed
     run = Run(notebook, preset, variant, seed, device, folder, config, provenance(device), standard)
@@ -146,7 +148,7 @@ def provenance(device: str) -> dict:
     """Device, versions, commit and time of a run."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     return {
-        "device": _device_name(device), "threads": os.cpu_count(), "python": platform.python_version(),
+        "device": _device_name(device), "python": platform.python_version(),
         **{name: version(name) for name in packages}, "commit": _commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -189,8 +191,18 @@ def check(condition: object, proved: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Writes JSON under a temporary name and renames it, so that a half-written file never stands."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(_plain(content), indent=1, default=str, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def _plain(content: object) -> object:
+    """NaN, which JSON does not know, becomes null."""
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _device_name(device: str) -> str:
@@ -202,7 +214,10 @@ def _device_name(device: str) -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -243,11 +258,11 @@ def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -
     choices = {name: [literal(v) for v in values.split(",")] for name, values in parameters}
     paths = [find_notebook(name) for name in notebooks] if "all" not in notebooks else _all_notebooks(choices)
     swept = [name for name, values in choices.items() if len(values) > 1 and name not in ("preset", "variant")]
-    jobs = []
+    jobs, several = [], len(paths) > 1 or any(len(values) > 1 for values in choices.values())
     for path, values in itertools.product(paths, itertools.product(*choices.values())):
         given = dict(zip(choices, values, strict=True))
         check_parameters(path, given)
-        jobs.append(Job(path, given, _job_dir(path, given, swept)))
+        jobs.append(Job(path, given, _job_dir(path, given, swept, several)))
     return jobs
 
 
@@ -260,12 +275,15 @@ def _all_notebooks(needed: Iterable[str]) -> list[Path]:
     return chosen
 
 
-def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str]) -> Path:
-    if given.get("output_dir"):
-        return Path(str(given["output_dir"])).resolve()
+def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str], several: bool) -> Path:
+    """One job may name its folder; several get folders of their own below it."""
+    root = Path(str(given["output_dir"])).resolve() if given.get("output_dir") else None
+    if root and not several:
+        return root
     values = {**parameters_of(path), **given}
     name = folder_name(str(values.get("preset", "storybook")), values.get("variant"))
-    return ROOT / "outputs" / path.stem / "-".join([name, *(f"{key}_{given[key]}" for key in swept)])
+    name = "-".join([name, *(f"{key}_{given[key]}" for key in swept)])
+    return (root or ROOT / "outputs") / path.stem / re.sub(r"[^\w.=+-]+", "_", name)
 
 
 def execute(job: Job) -> tuple[str, float, str]:
@@ -276,37 +294,48 @@ def execute(job: Job) -> tuple[str, float, str]:
     executed, started = job.dir / job.notebook.name, time.perf_counter()
     names = parameters_of(job.notebook)
     parameters = {**job.parameters, **({"output_dir": str(job.dir)} if "output_dir" in names else {})}
-    (job.dir / "result.json").unlink(missing_ok=True)
+    for old in (job.dir / "result.json", executed, executed.with_suffix(".html")):
+        old.unlink(missing_ok=True)
+    status, figure = "ok", ""
     try:
         papermill.execute_notebook(
             str(job.notebook), str(executed), parameters=parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
         )  # fmt: skip
-        status, figure = "ok", json.loads((job.dir / "result.json").read_text())["metrics"]["key_figure"]
+        figure = json.loads((job.dir / "result.json").read_text())["metrics"]["key_figure"]
     except Exception as error:  # whatever a notebook raises, the runs after it still get their turn
-        status, figure = "FAILED", str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    _write_html(executed)
-    return status, time.perf_counter() - started, figure
+        status, figure = "FAILED", _last_line(error)
+    seconds = time.perf_counter() - started
+    try:
+        _write_html(executed)
+    except Exception as error:  # a page that cannot be written is no reason to stop either
+        print(f"no .html for {job.notebook.stem}: {_last_line(error)}", flush=True)
+    return status, seconds, figure
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _write_html(notebook: Path) -> None:
     from nbconvert import HTMLExporter
 
-    if notebook.exists():
-        body, _ = HTMLExporter().from_filename(str(notebook))
-        notebook.with_suffix(".html").write_text(body, encoding="utf-8")
+    body, _ = HTMLExporter().from_filename(str(notebook))
+    notebook.with_suffix(".html").write_text(body, encoding="utf-8")
 
 
 def run_jobs(jobs: Sequence[Job]) -> int:
     """Runs the jobs one after another, prints a table, returns how many failed."""
-    rows = []
+    rows, total = [], 0.0
     for number, job in enumerate(jobs, 1):
         told = ", ".join(f"{k}={v}" for k, v in job.parameters.items())
         print(f"\n[{number}/{len(jobs)}] {job.notebook.stem} {told}", flush=True)
         status, seconds, figure = execute(job)
+        total += seconds
         rows.append((f"{job.notebook.stem}/{job.dir.name}", status, f"{seconds:.0f} s", figure))
         print(f"[{number}/{len(jobs)}] {status} after {seconds:.0f} s", flush=True)
     print_table(("run", "status", "time", "key figure"), rows)
+    print(f"\n{len(rows)} runs in {total:.0f} s of notebook time; pictures and .html are in outputs/")
     return sum(row[1] != "ok" for row in rows)
 
 

@@ -32,7 +32,7 @@ def load_pipeline(
     _quiet()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken or foreign folder makes diffusers raise many kinds
         raise ValueError(
             f"teacher {str(teacher)!r} could not be loaded: {error}\nExpected a folder as diffusers' save_pretrained "
             "writes it, or the id of a model on the Hugging Face hub (which needs a network)."
@@ -52,12 +52,17 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{folder} has no model_index.json: expected a diffusers Stable Diffusion pipeline folder")
-    parts = json.loads(index.read_text())
+    try:
+        parts = json.loads(index.read_text())
+    except ValueError as error:
+        raise ValueError(f"{index} is no JSON ({error}): expected what diffusers' save_pretrained writes") from error
     missing = [part for part in PARTS if part not in parts or not (folder / part).is_dir()]
     if missing:
         raise ValueError(f"{folder} is no complete Stable Diffusion: {', '.join(missing)} missing. Expected {PARTS}")
     if parts["unet"][1] != "UNet2DConditionModel":
         raise ValueError(f"{folder} holds a {parts['unet'][1]}: expected a UNet2DConditionModel")
+    if parts["_class_name"] != "StableDiffusionPipeline":
+        raise ValueError(f"{folder} holds a {parts['_class_name']}: expected a StableDiffusionPipeline (text to image)")
 
 
 def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:

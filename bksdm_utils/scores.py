@@ -97,8 +97,9 @@ class Scorer:
     def __init__(self, settings: Preset, device: str = "cpu", seed: int = 0):
         self.settings, self.seed, self.scenes = settings, seed, []
         self.captions = list(PROMPTS[: settings.num_images])
-        self.judge = ClipJudge(resolve(settings.judge), device) if settings.judge else None
-        if settings.train_data_dir is None:
+        storybook_only = settings.train_data_dir is None  # a judge of that world knows no other pictures
+        self.judge = ClipJudge(resolve(settings.judge), device) if settings.judge and storybook_only else None
+        if storybook_only:
             self.scenes = [storybook.sample_scene(i, "test") for i in range(settings.num_images)]
             self.captions = [scene.caption for scene in self.scenes]
 

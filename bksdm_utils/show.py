@@ -17,7 +17,7 @@ from PIL import Image
 from .costs import count
 from .surgery import RemovalPlan, find_plan, free_plan, identity_plan, layers_per_stage, student_config
 
-RESNET, ATTENTION, SAMPLER, MID, GHOST = "#4c78a8", "#f2a541", "#9aa5b1", "#7b5ea7", "#e4e7eb"
+RESNET, ATTENTION, SAMPLER, MID = "#4c78a8", "#f2a541", "#9aa5b1", "#7b5ea7"
 
 
 def show(function) -> None:
@@ -62,12 +62,20 @@ Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
 
 def curves(panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = ()) -> Figure:
-    """One panel for each entry, in it a line for each series of (x, y); panels named in `log` are logarithmic."""
+    """One panel for each entry, in it a line for each series of (x, y); panels named in `log` are logarithmic.
+
+    A panel's name is what its y axis measures.
+    """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
     for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
         for name, points in series.items():
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="." if len(points) < 20 else "")
-        axis.set(title=title, xlabel=xlabel)
+            style = (
+                {"linestyle": "--", "color": "grey"}
+                if name == "teacher"
+                else {"marker": "." if len(points) < 20 else ""}
+            )
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, **style)
+        axis.set(ylabel=title, xlabel=xlabel)
         if title in log:
             axis.set_yscale("log")
         axis.legend(fontsize=7, frameon=False)
@@ -79,31 +87,32 @@ def curves(panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Se
 class Live:
     """The curves of a running training: drawn again, and said in a line, every `every` seconds."""
 
-    def __init__(self, every: float = 10.0):
-        self.every, self.started, self.drawn, self.handle, self.first = every, time.monotonic(), 0.0, None, None
+    def __init__(self, max_train_steps: int, goal: float, every: float = 10.0):
+        self.total, self.goal, self.every = max_train_steps, goal, every
+        self.started, self.drawn, self.handle, self.first = time.monotonic(), 0.0, None, None
 
-    def update(self, rows: Sequence[Mapping[str, float]], validation: Sequence[tuple[int, float]], total: int) -> None:
-        """Call it after every step; most calls return at once."""
-        now, self.rows, self.validation = time.monotonic(), rows, validation
+    def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
+        """Call it after every step; most calls return at once.
+
+        Args:
+            rows: `engine.Step.floats` of every step so far.
+            validation: rows of "step" and "clip_score".
+        """
+        now = time.monotonic()
         self.first = self.first or rows[-1]["step"]
         if now - self.drawn < self.every:
             return
         self.drawn, last = now, rows[-1]
         pace = (now - self.started) / (last["step"] - self.first + 1)
-        print(
-            f"step {last['step']:.0f}/{total}  loss {last['loss']:.4f}  {(total - last['step']) * pace:.0f} s left",
-            flush=True,
-        )
-        self._draw()
+        left = (self.total - last["step"]) * pace
+        print(f"step {last['step']:.0f}/{self.total}  loss {last['loss']:.4f}  {left:.0f} s left", flush=True)
+        self.draw(rows, validation)
 
-    def finish(self) -> Figure:
-        """Draws the whole run once more and returns the figure."""
-        return self._draw()
-
-    def _draw(self) -> Figure:
+    def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
+        """Draws the curves in place of those drawn before; call it once more after the last step."""
         from IPython.display import display
 
-        figure = training_curves(self.rows, self.validation)
+        figure = training_curves(rows, validation, self.goal)
         self.handle = self.handle or display(display_id=True)
         if self.handle is not None:  # None outside a notebook
             self.handle.update(figure)
@@ -111,8 +120,8 @@ class Live:
         return figure
 
 
-def training_curves(rows: Sequence[Mapping[str, float]], validation: Sequence[tuple[int, float]]) -> Figure:
-    """The three losses, one line for each tap, and the proxy CLIP score, over optimizer steps."""
+def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal: float) -> Figure:
+    """The three losses, one line for each tap, and the proxy CLIP score (`goal` is the teacher's) over the steps."""
     steps = [row["step"] for row in rows]
 
     def series(names: Sequence[str]) -> dict:
@@ -123,10 +132,11 @@ def training_curves(rows: Sequence[Mapping[str, float]], validation: Sequence[tu
 
     losses = series(["loss_task", "loss_output", "loss_feature"])
     taps = series([name for name in rows[0] if name.startswith("feature/")])
-    scored = [(step, score) for step, score in validation if score == score]  # NaN without a judge
-    panels = {"losses": losses, "feature loss of each tap": taps, "proxy CLIP score": {"EMA student": scored}}
+    scored = [(v["step"], v["clip_score"]) for v in validation if v["clip_score"] == v["clip_score"]]  # NaN: no judge
+    scores = {"EMA student": scored, "teacher": [(step, goal) for step, _ in scored]} if scored else {}
+    panels = {"loss": losses, "feature loss of each tap": taps, "proxy CLIP score": scores}
     shown = {title: lines for title, lines in panels.items() if any(lines.values())}
-    return curves(shown, log=("losses", "feature loss of each tap"))
+    return curves(shown, log=("loss", "feature loss of each tap"))
 
 
 def smoothed(values: Sequence[float], width: int = 10) -> list[float]:

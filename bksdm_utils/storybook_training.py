@@ -1,10 +1,10 @@
 """Makes the storybook teacher: a VAE, a CLIP and a U-Net, each trained from random weights on `storybook.py`'s world.
 
-    python -m bksdm_utils.storybook_training vae clip       # then, once both are done,
-    python -m bksdm_utils.storybook_training unet export    # resumes where it was stopped
+    python -m bksdm_utils.storybook_training vae clip unet decoder export    # each resumes where it was stopped
 
-The three stand to each other as in Stable Diffusion v1: the U-Net denoises the VAE's latents and attends to the hidden
-states of CLIP's frozen text encoder. `accelerate launch --cpu --num_processes 2 -m …` spreads a stage over processes.
+They stand to each other as in Stable Diffusion v1: the U-Net denoises the VAE's latents and attends to the hidden
+states of CLIP's frozen text encoder. The U-Net takes longest, and only its training may be spread over processes:
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m bksdm_utils.storybook_training unet`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from . import storybook
-from .engine import Draw, Log, Trainer, TrainingConfig
+from .engine import Draw, Log, Trainer, TrainingConfig, over_processes
 from .presets import find_preset
 from .run import write_json
 from .sampling import load_pipeline
@@ -49,7 +47,7 @@ CONFIGS = {
                            weight_decay=0.05, adam_beta2=0.98, ema_decay=0.99, checkpoint_steps=100),
     "unet": TrainingConfig(9_000, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", lr_decay_start=0.3,
                            lr_warmup_steps=200, ema_decay=0.999, checkpoint_steps=200),
-    "decoder": TrainingConfig(2_400, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", lr_warmup_steps=50,
+    "decoder": TrainingConfig(1_600, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", lr_warmup_steps=50,
                               weight_decay=0.0, ema_decay=0.99, checkpoint_steps=200),
 }  # fmt: skip
 
@@ -251,8 +249,9 @@ def run(trainer: Trainer, loss_function, num_examples: int, log_every: int = 20)
 
 
 def _save_ema(trainer: Trainer, folder: Path) -> None:
-    with trainer.ema_weights() as model:
-        model.save_pretrained(folder)
+    if trainer.accelerator.is_main_process:
+        with trainer.ema_weights() as model:
+            model.save_pretrained(folder)
 
 
 def train_vae(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_SCENES, device: str = "cpu") -> None:
@@ -297,10 +296,12 @@ def train_clip(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_S
 def encode_pictures(vae: AutoencoderKL, num_scenes: int, device: str = "cpu") -> torch.Tensor:
     """Scaled latents of the first training scenes, (num_scenes, 4, 16, 16); each process encodes its share."""
     vae = vae.to(device).eval()
-    with PartialState(cpu=device == "cpu").split_between_processes(list(range(num_scenes))) as seeds:
+
+    def encode(seeds):
         batches = pictures(seeds).split(256)
-    latents = torch.cat([vae.encode(to_unit(b).to(device)).latent_dist.mean for b in batches])
-    return gather(latents).cpu() * vae.config.scaling_factor
+        return torch.cat([vae.encode(to_unit(batch).to(device)).latent_dist.mean for batch in batches])
+
+    return over_processes(encode, num_scenes, device).cpu() * vae.config.scaling_factor
 
 
 def finetune_decoder(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_SCENES, device="cpu") -> None:
@@ -308,7 +309,7 @@ def finetune_decoder(output_dir: Path, config: TrainingConfig, num_scenes: int =
 
     Stable Diffusion's own decoders were improved in this way after the fact; here it sharpens small things.
     """
-    num_scenes = min(num_scenes, 16_000)
+    num_scenes = min(num_scenes, 8_000)
     vae = AutoencoderKL.from_pretrained(output_dir / "vae").to(device)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
@@ -368,6 +369,9 @@ def export(output_dir: Path, destination: Path) -> None:
     U-Net and VAE are fp16. The text encoder stays fp32: transformers would load it in the precision it was saved in,
     and a half-precision text encoder does not fit the fp32 U-Net that diffusers loads by default.
     """
+    (destination / "logs").mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        shutil.copy(output_dir / stage / "log.csv", destination / "logs" / f"{stage}.csv")
     made = pipeline(output_dir)
     made.unet.half()
     made.vae.half()
@@ -377,9 +381,6 @@ def export(output_dir: Path, destination: Path) -> None:
     made.tokenizer.save_pretrained(destination / "clip")
     size = {"height": storybook.SIZE, "width": storybook.SIZE}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(destination / "clip")
-    (destination / "logs").mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        shutil.copy(output_dir / stage / "log.csv", destination / "logs" / f"{stage}.csv")
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def build_student(
     """The student of `teacher_unet`, on its device and in its dtype.
 
     Args:
-        copy: carry the teacher's weights over (section 3.2); otherwise they are random, drawn with `seed`.
+        copy: carry the teacher's weights over (section 3.1); otherwise they are random, drawn with `seed`.
     """
     from .copying import copy_weights
 

@@ -11,15 +11,10 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bksdm_utils import storybook
+from bksdm_utils.presets import SD_V1_UNET
 from bksdm_utils.storybook_training import SCHEDULE, new_tokenizer
 
-SD_V1 = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_type": "UNetMidBlock2DCrossAttn",
-}  # fmt: skip
-NARROW = SD_V1 | {
+NARROW = SD_V1_UNET | {
     "sample_size": 8, "block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "attention_head_dim": 2,
     "norm_num_groups": 4,
 }  # fmt: skip

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import SD_V1
 
 from bksdm_utils import copying, surgery
+from bksdm_utils.presets import SD_V1_UNET
 
 EXAMPLES = {
     "bk_base": {"up_blocks.1.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
@@ -16,9 +16,9 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("variant", surgery.VARIANTS)
 def test_every_student_tensor_of_sd_v1_has_a_source_of_its_shape(variant):
-    teacher = surgery.empty_unet(SD_V1).state_dict()
-    student = surgery.empty_unet(surgery.student_config(SD_V1, variant)).state_dict()
-    names = copying.weight_map(SD_V1, variant)
+    teacher = surgery.empty_unet(SD_V1_UNET).state_dict()
+    student = surgery.empty_unet(surgery.student_config(SD_V1_UNET, variant)).state_dict()
+    names = copying.weight_map(SD_V1_UNET, variant)
     assert set(names) == set(student)
     assert all(student[name].shape == teacher[source].shape for name, source in names.items())
     assert len(set(names.values())) == len(names)
@@ -29,7 +29,7 @@ def test_every_student_tensor_of_sd_v1_has_a_source_of_its_shape(variant):
 
 @pytest.mark.parametrize("variant", EXAMPLES)
 def test_sources_are_those_of_the_paper(variant):
-    names = copying.weight_map(SD_V1, variant)
+    names = copying.weight_map(SD_V1_UNET, variant)
     assert {name: names[name] for name in EXAMPLES[variant]} == EXAMPLES[variant]
 
 

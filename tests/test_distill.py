@@ -1,22 +1,22 @@
 import pytest
 import torch
-from conftest import SD_V1
 from diffusers import DDPMScheduler
 
 from bksdm_utils import costs, distill, surgery
 from bksdm_utils.data import LatentDataset
 from bksdm_utils.distill import Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
 from bksdm_utils.engine import Draw
+from bksdm_utils.presets import SD_V1_UNET
 
 
 def test_taps_of_base_and_small_are_the_papers():
     names = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
     for variant in ("bk_base", "bk_small"):
-        assert tap_pairs(variant, SD_V1) == [(name, name) for name in names]
+        assert tap_pairs(variant, SD_V1_UNET) == [(name, name) for name in names]
 
 
 def test_taps_of_tiny_are_the_papers():
-    assert tap_pairs("bk_tiny", SD_V1) == [
+    assert tap_pairs("bk_tiny", SD_V1_UNET) == [
         ("down_blocks.0", "down_blocks.0"),
         ("down_blocks.1", "down_blocks.1"),
         ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),
@@ -38,6 +38,7 @@ def test_gradient_reaches_every_tap(variant, checkpointing, teacher):
     for name in names:
         student.zero_grad()
         taps = Taps(student, [name])
+        taps.listen()
         student(*inputs)
         (activation,) = taps.take()
         activation.square().mean().backward()
@@ -58,12 +59,32 @@ def test_checkpointing_does_not_change_losses_or_gradients(teacher):
 
 
 def test_activations_are_released_when_taken(teacher):
-    taps = Taps(teacher, ["down_blocks.0"])
-    teacher(*costs.unet_inputs(teacher.config, device="cpu"))
-    assert len(taps.take()) == 1 and not taps._outputs
+    taps, inputs = Taps(teacher, ["down_blocks.0"]), costs.unet_inputs(teacher.config, device="cpu")
+    teacher(*inputs)
+    assert taps._outputs is None
+    taps.listen()
+    teacher(*inputs)
+    assert len(taps.take()) == 1 and taps._outputs is None
     taps.close()
-    teacher(*costs.unet_inputs(teacher.config, device="cpu"))
-    assert not taps._outputs
+    taps.listen()
+    teacher(*inputs)
+    assert taps._outputs == {}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_passes_between_two_steps_do_not_reach_the_losses(checkpointing, teacher):
+    student = surgery.build_student(teacher, "bk_base").train()
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+    kd = distillation(teacher, student, "bk_base")
+    first = kd.losses(student, draw())
+    first["loss"].backward()
+    with torch.no_grad():  # a validation that draws, with the student and another batch size
+        student(torch.randn(5, 4, 8, 8), 10, torch.randn(5, 20, 16))
+        teacher(torch.randn(5, 4, 8, 8), 10, torch.randn(5, 20, 16))
+    again = kd.losses(student, draw())
+    assert all(first[name].item() == again[name].item() for name in first)
+    assert again["loss_feature"].requires_grad
 
 
 def test_losses_equal_an_independent_computation():

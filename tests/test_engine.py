@@ -59,7 +59,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one(tmp_path):
 
 def test_resuming_with_another_batch_size_is_refused(tmp_path):
     trained(tmp_path)
-    with pytest.raises(ValueError, match='"batch_size": \\[4, 2\\]'):
+    with pytest.raises(ValueError, match='"global_batch_size": \\[4, 2\\]'):
         Trainer(model(), replace(CONFIG, batch_size=2), tmp_path, resume=True)
 
 

@@ -1,8 +1,9 @@
 import pytest
-from conftest import NARROW, SD_V1
+from conftest import NARROW
 from diffusers import UNet2DConditionModel
 
 from bksdm_utils import costs, surgery
+from bksdm_utils.presets import SD_V1_UNET
 from bksdm_utils.surgery import RemovalPlan, Stage, plan_of
 
 # Parameters, MACs (the paper's convention), MACs with attention: exact, of Stable Diffusion v1 at 512 pixels.
@@ -16,14 +17,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sd_v1_costs_are_exact(name):
-    config = SD_V1 if name == "teacher" else surgery.student_config(SD_V1, name)
+    config = SD_V1_UNET if name == "teacher" else surgery.student_config(SD_V1_UNET, name)
     counted = costs.count(config)
     assert (counted.params, counted.macs, counted.macs_with_attention) == PUBLISHED[name]
 
 
 def test_only_the_mid_block_removed():
-    plan = surgery.free_plan(SD_V1, mid=False)
-    assert costs.count(surgery.student_config(SD_V1, plan)).params == 762_482_884
+    plan = surgery.free_plan(SD_V1_UNET, mid=False)
+    assert costs.count(surgery.student_config(SD_V1_UNET, plan)).params == 762_482_884
 
 
 def test_the_plan_that_removes_nothing_gives_the_teacher():
