@@ -120,7 +120,7 @@ class Scorer:
             scores |= zero_shot_accuracy(self.judge, pictures, self.scenes)
         return {name: round(value, 4) for name, value in scores.items()}
 
-    def proxy(self, pipeline: StableDiffusionPipeline, num_images: int = 24, num_inference_steps: int = 10) -> float:
+    def proxy(self, pipeline: StableDiffusionPipeline, num_images: int = 16, num_inference_steps: int = 20) -> float:
         """CLIP score of a few quickly drawn captions, to follow a training by; NaN without a judge."""
         if self.judge is None:
             return float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -78,7 +78,7 @@ def curves(panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Se
         axis.set(ylabel=title, xlabel=xlabel)
         if title in log:
             axis.set_yscale("log")
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, ncols=1 + (len(series) > 4))
         axis.grid(alpha=0.25)
     figure.tight_layout()
     return figure
@@ -89,7 +89,7 @@ class Live:
 
     def __init__(self, max_train_steps: int, goal: float, every: float = 10.0):
         self.total, self.goal, self.every = max_train_steps, goal, every
-        self.started, self.drawn, self.handle, self.first = time.monotonic(), 0.0, None, None
+        self.drawn, self.handle, self.first = 0.0, None, None
 
     def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
         """Call it after every step; most calls return at once.
@@ -98,13 +98,13 @@ class Live:
             rows: `engine.Step.floats` of every step so far.
             validation: rows of "step" and "clip_score".
         """
-        now = time.monotonic()
-        self.first = self.first or rows[-1]["step"]
+        now, last = time.monotonic(), rows[-1]
+        if self.first is None:  # the estimate counts from the end of the first step, which is slower than the others
+            self.first, self.drawn = (now, last["step"]), now
         if now - self.drawn < self.every:
             return
-        self.drawn, last = now, rows[-1]
-        pace = (now - self.started) / (last["step"] - self.first + 1)
-        left = (self.total - last["step"]) * pace
+        self.drawn, (started, first_step) = now, self.first
+        left = (self.total - last["step"]) * (now - started) / (last["step"] - first_step)
         print(f"step {last['step']:.0f}/{self.total}  loss {last['loss']:.4f}  {left:.0f} s left", flush=True)
         self.draw(rows, validation)
 
@@ -233,6 +233,19 @@ def plan_figure(teacher_config: Mapping, plan: RemovalPlan) -> Figure:
     )  # fmt: skip
     figure.tight_layout()
     return figure
+
+
+def slider(draw: Callable[[int], Figure], name: str, values: Sequence[int]) -> None:
+    """A slider over `values` that shows the figure `draw(value)`."""
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    def redraw(value: int) -> None:
+        display(draw(value))
+        plt.close("all")  # the inline backend would show the figure a second time
+
+    chosen = widgets.SelectionSlider(options=list(values), description=name, continuous_update=False)
+    display(widgets.VBox([chosen, widgets.interactive_output(redraw, {"value": chosen})]))
 
 
 def plan_toggles(teacher_config: Mapping) -> None:
