@@ -101,11 +101,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str, **parameters) -> Preset:
-    """A preset by name, with the notebook's parameters in place.
+    """A preset by name, with the notebook's parameters in place; those it has no field for are checked or ignored.
 
     Raises:
         ValueError: the name is unknown or a parameter is out of range.
     """
+    if (parameters.get("seed") or 0) < 0:
+        raise ValueError(f"seed is {parameters['seed']}: expected zero or more")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     return PRESETS[name].with_parameters(**parameters)

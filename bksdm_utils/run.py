@@ -119,11 +119,9 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     path = find_notebook(notebook)
     given = {name: variables[name] for name in parameters_of(path)}
     check_parameters(path, given)
-    preset = find_preset(
-        **({"name": given.get("preset", "storybook")} | {k: v for k, v in given.items() if k != "preset"})
-    )
     import torch
 
+    preset = find_preset(given.get("preset", "storybook"), **{k: v for k, v in given.items() if k != "preset"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     variant, seed = given.get("variant"), given.get("seed") or 0
     folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / folder_name(preset.name, variant))

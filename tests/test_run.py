@@ -85,7 +85,8 @@ def test_start_refuses_bad_numbers_and_forgets_old_results(tmp_path):
     started.finish({"score": 1.0}, key_figure="one")
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"notebook", "preset", "variant", "config", "metrics", "provenance"}
-    for bad in ({"batch_size": -1}, {"learning_rate": 0}, {"lambda_sd": -1.0}, {"resolution": 100}):
+    for bad in ({"batch_size": -1}, {"learning_rate": 0}, {"lambda_sd": -1.0}, {"resolution": 100}, {"seed": -1},
+                {"batch_size": "many"}, {"num_inference_steps": 2}):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             run.start("03_kd_training", values | bad)
 
