@@ -80,7 +80,7 @@ class Preset:
 STORYBOOK = Preset(
     "storybook", "data/storybook/teacher", "data/storybook/clip", None,
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
-    lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=4.0, num_images=64,
+    lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
     num_train_scenes=3_000, validation_steps=100, measured=True,
 )  # fmt: skip
 
