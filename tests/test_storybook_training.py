@@ -18,7 +18,7 @@ def test_hard_negatives_are_false_and_near():
             other = negative.caption.split()
             assert other != words
             swapped = sorted(other) == sorted(words)
-            assert swapped or len(set(words) ^ set(other)) <= 4
+            assert swapped or len(set(words) ^ set(other)) <= 5  # "by day", "on the sea"
 
 
 def test_a_text_equal_to_anothers_caption_is_no_negative_to_it():
