@@ -38,6 +38,7 @@ def load_pipeline(
             "writes it, or the id of a model on the Hugging Face hub (which needs a network)."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
     return pipeline.to(device, dtype)
 
 
@@ -87,7 +88,7 @@ def generate(
     seed: int = 0,
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
-    batch_size: int = 16,
+    batch_size: int = 32,
 ) -> list[Image.Image]:
     """Draws one picture for each prompt; picture i starts from the noise of `picture_seed(seed, i)`."""
     was_training = pipeline.unet.training
