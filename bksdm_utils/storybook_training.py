@@ -257,6 +257,7 @@ def _save_ema(trainer: Trainer, folder: Path) -> None:
 def train_vae(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_SCENES, device: str = "cpu") -> None:
     """Trains the VAE and sets its scaling factor so that the latents have unit variance."""
     images = pictures(range(min(num_scenes, 16_000)))
+    torch.manual_seed(config.seed)
     vae = new_vae().to(device)
     trainer = Trainer(vae, config, output_dir / "vae", resume=True)
 
@@ -276,6 +277,7 @@ def train_clip(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_S
     drawn, images = scenes(num_scenes), pictures(range(num_scenes))
     tokenizer = new_tokenizer([s.caption for s in drawn])
     tokenizer.save_pretrained(output_dir / "clip")
+    torch.manual_seed(config.seed)
     trainer = Trainer(new_clip(tokenizer).to(device), config, output_dir / "clip", resume=True)
 
     def loss_function(model, draw):
@@ -331,6 +333,7 @@ def train_unet(output_dir: Path, config: TrainingConfig, num_scenes: int = NUM_S
     captions = [scene.caption for scene in scenes(num_scenes)]
     tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
     scheduler = DDPMScheduler(**SCHEDULE)
+    torch.manual_seed(config.seed)
     unet = new_unet().to(device, memory_format=torch.channels_last)
     trainer = Trainer(unet, config, output_dir / "unet", resume=True)
 
