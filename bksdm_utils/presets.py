@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str, **parameters) -> Preset:
-    """A preset by name, with the notebook's parameters in place; those it has no field for are checked or ignored.
+    """A preset by name, with the notebook's parameters in place; others are the notebook's own.
 
     Raises:
         ValueError: the name is unknown or a parameter is out of range.

@@ -61,24 +61,25 @@ def _wrapped(text: str, width: int) -> str:
 Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
 
-def curves(panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = ()) -> Figure:
-    """One panel for each entry, in it a line for each series of (x, y); panels named in `log` are logarithmic.
+def curves(
+    panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = (), dashed: Sequence[str] = ()
+) -> Figure:
+    """One panel for each entry, in it a line for each series of (x, y).
 
-    A panel's name is what its y axis measures.
+    Args:
+        panels: named by what the y axis measures.
+        log: panels with a logarithmic y axis.
+        dashed: series that are references rather than results.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
     for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
         for name, points in series.items():
-            style = (
-                {"linestyle": "--", "color": "grey"}
-                if name == "teacher"
-                else {"marker": "." if len(points) < 20 else ""}
-            )
+            style = {"linestyle": "--", "color": "grey"} if name in dashed else {"marker": "." * (len(points) < 20)}
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, **style)
         axis.set(ylabel=title, xlabel=xlabel)
         if title in log:
             axis.set_yscale("log")
-        axis.legend(fontsize=7, frameon=False, ncols=1 + (len(series) > 4))
+        axis.legend(fontsize=7, framealpha=0.8, edgecolor="none", ncols=1 + (len(series) > 4))
         axis.grid(alpha=0.25)
     figure.tight_layout()
     return figure
@@ -136,7 +137,7 @@ def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal
     scores = {"EMA student": scored, "teacher": [(step, goal) for step, _ in scored]} if scored else {}
     panels = {"loss": losses, "feature loss of each tap": taps, "proxy CLIP score": scores}
     shown = {title: lines for title, lines in panels.items() if any(lines.values())}
-    return curves(shown, log=("loss", "feature loss of each tap"))
+    return curves(shown, log=("loss", "feature loss of each tap"), dashed=["teacher"])
 
 
 def smoothed(values: Sequence[float], width: int = 10) -> list[float]:

@@ -227,7 +227,7 @@ def unet_loss(unet: torch.nn.Module, scheduler: DDPMScheduler, latents, hidden_s
     return {"loss": (weight * error).mean(), "mse": error.mean()}
 
 
-# --- the three runs ---------------------------------------------------------------------------------------------------
+# --- the four runs ----------------------------------------------------------------------------------------------------
 
 
 def run(trainer: Trainer, loss_function, num_examples: int, log_every: int = 20) -> None:
