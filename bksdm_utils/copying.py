@@ -23,6 +23,12 @@ class CopyReport:
     removed: tuple[str, ...]  # of the teacher, not carried over
     random: tuple[str, ...]  # of the student, without a source
 
+    def rows(self, names: Mapping[str, str]) -> list[tuple[str, str, str]]:
+        """(student's tensor, teacher's tensor, fate) for every tensor of both; `names` is the weight map."""
+        rows = [(n, names[n] if what != "random" else "", what)
+                for what in ("kept", "moved", "random") for n in getattr(self, what)]  # fmt: skip
+        return rows + [("", name, "removed") for name in self.removed]
+
     def __str__(self) -> str:
         counts = ((len(getattr(self, name)), name) for name in ("kept", "moved", "removed", "random"))
         return ", ".join(f"{count} {name}" for count, name in counts)

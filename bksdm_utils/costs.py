@@ -1,23 +1,39 @@
-"""What a network costs: parameters, multiply-accumulates in two stated conventions, latency.
+"""What a network costs: parameters, multiply-accumulates in two stated conventions, latency, peak memory.
 
 `macs` follows the paper (thop's convention): convolutions and linear layers, and 4 x numel for each LayerNorm; the
-matrix products inside attention are left out. `macs_with_attention` counts every convolution and matrix product.
+matrix products inside attention are left out. `macs_with_attention` counts every convolution and matrix product, and
+leaves normalisations out. Both are of batch 1 and one forward pass; guidance doubles them, steps multiply them.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .presets import Preset, teacher_config
 from .surgery import empty_unet
+
+TEXT_TOKENS = 77
+
+
+class ModuleCosts(NamedTuple):
+    """Costs of one module with everything inside it."""
+
+    params: int
+    macs: int
+    macs_with_attention: int
 
 
 @dataclass(frozen=True)
@@ -28,25 +44,41 @@ class Costs:
         params: number of parameters.
         macs: multiply-accumulates in the paper's convention.
         macs_with_attention: the same, matrix products of attention included, normalisations left out.
-        by_block: (params, macs) for each top-level block, "down_blocks.0" and so on.
+        by_module: the same three for every module by its name, each with everything inside it.
     """
 
     params: int
     macs: int
     macs_with_attention: int
-    by_block: dict[str, tuple[int, int]]
+    by_module: dict[str, ModuleCosts]
+
+    @property
+    def by_block(self) -> dict[str, ModuleCosts]:
+        """The part of `by_module` that adds up to the whole: stages ("down_blocks.0" …), mid block, ends."""
+        return {name: costs for name, costs in self.by_module.items() if name == block_of(name) and costs.params}
 
 
-def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> tuple:
-    """(noisy latents, timesteps, encoder_hidden_states) of the right shapes, zeros; 77 text tokens."""
+def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> dict:
+    """Arguments of a U-Net's forward pass, zeros of the right shapes; 77 text tokens.
+
+    Args:
+        sample_size: side of the latents; the config's own by default.
+    """
     side = sample_size or config["sample_size"]
     width = config["cross_attention_dim"]
     width = width[0] if isinstance(width, (list, tuple)) else width
-    return (
-        torch.zeros(batch_size, config["in_channels"], side, side, device=device),
-        torch.zeros(batch_size, dtype=torch.long, device=device),
-        torch.zeros(batch_size, 77, width, device=device),
-    )
+    inputs = {
+        "sample": torch.zeros(batch_size, config["in_channels"], side, side, device=device),
+        "timestep": torch.zeros(batch_size, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, width, device=device),
+    }
+    if config.get("addition_embed_type") == "text_time":  # SDXL: a pooled text embedding, and six numbers of sizes
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(batch_size, pooled, device=device),
+            "time_ids": torch.zeros(batch_size, 6, device=device),
+        }
+    return inputs
 
 
 def count(unet: UNet2DConditionModel | Mapping, sample_size: int | None = None) -> Costs:
@@ -56,18 +88,71 @@ def count(unet: UNet2DConditionModel | Mapping, sample_size: int | None = None) 
         sample_size: side of the latents in pixels; the config's own by default (64 is a picture of 512 for SD-v1).
     """
     unet = empty_unet(unet.config if isinstance(unet, nn.Module) else unet)
-    macs, handles = defaultdict(int), []
-    for name, module in unet.named_modules():
-        handles.append(module.register_forward_hook(_counter(macs, block_of(name))))
+    return _count(unet, **unet_inputs(unet.config, sample_size))
+
+
+def count_vae(config: Mapping, resolution: int) -> dict[str, Costs]:
+    """Counts a VAE's decoder and encoder by its config.
+
+    Args:
+        resolution: side of the picture in pixels.
+    """
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+    side = resolution // 2 ** (len(config["block_out_channels"]) - 1)
+    latents = torch.zeros(1, config["latent_channels"], side, side, device="meta")
+    pixels = torch.zeros(1, config["in_channels"], resolution, resolution, device="meta")
+    return {"VAE decoder": _count(vae.decoder, latents), "VAE encoder": _count(vae.encoder, pixels)}
+
+
+def count_text_encoder(config: Mapping, num_tokens: int | None = None) -> Costs:
+    """Counts a CLIP text encoder by its config, for texts of `num_tokens`, by default as many as it can take."""
+    import transformers
+
+    model_class = getattr(transformers, config.get("architectures", ["CLIPTextModel"])[0])
+    text = transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
+    text._attn_implementation = "eager"  # plain matrix products, which are counted
+    with torch.device("meta"):
+        model = model_class(text)
+    tokens = torch.zeros(1, num_tokens or text.max_position_embeddings, dtype=torch.long, device="meta")
+    return _count(model, tokens)
+
+
+def count_pipeline(preset: Preset) -> dict[str, Costs]:
+    """Counts everything that makes a picture at the preset's resolution: text encoder(s), U-Net, VAE."""
+    vae = teacher_config(preset, "vae")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    unet = teacher_config(preset)
+    parts = {"text encoder": count_text_encoder(teacher_config(preset, "text_encoder"))}
+    if unet.get("addition_embed_type") == "text_time":
+        parts["text encoder 2"] = count_text_encoder(teacher_config(preset, "text_encoder_2"))
+    return parts | {"U-Net": count(unet, preset.resolution // factor), **count_vae(vae, preset.resolution)}
+
+
+def _count(model: nn.Module, *inputs: torch.Tensor, **named: object) -> Costs:
+    macs, handles = Counter(), []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            handles.append(module.register_forward_hook(_counter(macs, _containers(name))))
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        unet(*unet_inputs(unet.config, sample_size))
+        model(*inputs, **named)
     for handle in handles:
         handle.remove()
-    params = defaultdict(int)
-    for name, parameter in unet.named_parameters():
-        params[block_of(name)] += parameter.numel()
-    by_block = {block: (number, macs[block]) for block, number in params.items()}
-    return Costs(sum(params.values()), sum(macs.values()), flops.get_total_flops() // 2, by_block)
+    params = Counter()
+    for name, parameter in model.named_parameters():
+        params.update(dict.fromkeys(_containers(name), parameter.numel()))
+    counted = flops.get_flop_counts()
+    exact = {name: sum(counted.get(f"{type(model).__name__}.{name}".rstrip("."), {}).values()) // 2
+             for name, _ in model.named_modules()}  # fmt: skip
+    by_module = {name: ModuleCosts(params[name], macs[name], exact[name]) for name in exact}
+    whole = by_module.pop("")
+    return Costs(*whole, by_module)
+
+
+def _containers(name: str) -> list[str]:
+    """A module's name and those of all modules around it, the model's own "" included."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
 def block_of(name: str) -> str:
@@ -76,16 +161,44 @@ def block_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
 
 
-def _counter(macs: dict[str, int], block: str):
+def _counter(macs: Counter, names: Sequence[str]):
     def hook(module: nn.Module, _, output: torch.Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            macs[block] += output.numel() * module.weight[0].numel()
+            done = output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear):
-            macs[block] += output.numel() * module.in_features
+            done = output.numel() * module.in_features
         elif isinstance(module, nn.LayerNorm):
-            macs[block] += 4 * output.numel()
+            done = 4 * output.numel()
+        else:
+            return
+        macs.update(dict.fromkeys(names, done))
 
     return hook
+
+
+# --- beside what was published ----------------------------------------------------------------------------------------
+
+# Parameters in millions as their authors give them: (U-Net, the whole pipeline without the VAE's encoder). BK-SDM's are
+# rounded up to ten million (its model card), KOALA's to one (arXiv 2312.04005).
+PUBLISHED: dict[str, dict[str, tuple[int, int | None]]] = {
+    "sd-v1": {"teacher": (860, 1040), "bk_base": (580, 760), "bk_small": (490, 660), "bk_tiny": (330, 500)},
+    "sd-v2-base": {"teacher": (870, 1260), "bk_base": (590, 980), "bk_small": (490, 880), "bk_tiny": (330, 720)},
+    "sdxl": {"teacher": (2567, None), "koala_1b": (1161, None), "koala_700m": (782, None)},
+}
+
+
+def beside_published(params: Mapping[str, int], published: Mapping[str, int]) -> list[dict]:
+    """Rows of a table: network, ours, published and the difference, all in millions of parameters."""
+    rows = []
+    for name, exact in params.items():
+        row = {"network": name, "ours (M)": round(exact / 1e6, 2), "published (M)": None, "difference (M)": None}
+        if published.get(name) is not None:
+            row |= {"published (M)": published[name], "difference (M)": round(exact / 1e6 - published[name], 2)}
+        rows.append(row)
+    return rows
+
+
+# --- measured ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,28 +210,113 @@ class Latency:
     high: float
 
 
-def interleaved_latency(unets: Mapping[str, nn.Module], repeats: int = 10, batch_size: int = 1) -> dict[str, Latency]:
-    """Times several U-Nets in turn, A B A B …, so that a machine's drift falls on all of them alike."""
+def interleaved_latency(
+    unets: Mapping[str, nn.Module], repeats: int = 10, batch_size: int = 1, sample_size: int | None = None,
+    warmup: int = 1, compiled: bool = False,
+) -> dict[str, Latency]:  # fmt: skip
+    """Times several U-Nets in turn, A B A B …, so that a machine's drift falls on all of them alike.
+
+    Args:
+        sample_size: side of the latents; each U-Net's own by default.
+        warmup: rounds that are not counted.
+        compiled: through `torch.compile`, whose compilation falls into the warm-up (minutes).
+    """
+    runs = {name: torch.compile(unet) if compiled else unet for name, unet in unets.items()}
+    inputs = {name: _real_inputs(unet, batch_size, sample_size) for name, unet in unets.items()}
     seconds = defaultdict(list)
-    for round_ in range(repeats + 1):
-        for name, unet in unets.items():
-            elapsed = _forward_seconds(unet, batch_size)
-            if round_:  # the first is a warm-up
+    for round_ in range(warmup + repeats):
+        for name, run in runs.items():
+            elapsed = _forward_seconds(run, inputs[name], unets[name].device)
+            if round_ >= warmup:
                 seconds[name].append(elapsed)
-    return {name: Latency(statistics.median(s), *_quartiles(s)) for name, s in seconds.items()}
+    return {name: _latency(s) for name, s in seconds.items()}
+
+
+def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int = 1) -> dict[str, Latency]:
+    """Times every top-level block of one U-Net within its forward passes; eager only, the first pass is not counted."""
+    started, seconds, handles = {}, defaultdict(list), []
+
+    def now() -> float:
+        if unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for name, module in unet.named_modules():
+        if name and name == block_of(name):
+            handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
+            handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
+    inputs = _real_inputs(unet, batch_size, None)
+    for _ in range(repeats + 1):
+        _forward_seconds(unet, inputs, unet.device)
+    for handle in handles:
+        handle.remove()
+    return {name: _latency(s[1:]) for name, s in seconds.items()}
 
 
 @torch.no_grad()
-def _forward_seconds(unet: nn.Module, batch_size: int) -> float:
-    inputs = unet_inputs(unet.config, batch_size=batch_size, device=unet.device)
-    inputs = [x.to(unet.dtype) if x.is_floating_point() else x for x in inputs]
-    started = time.perf_counter()
-    unet(*inputs)
+def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1, sample_size: int | None = None) -> int:
+    """Bytes that one forward pass needs at its peak: weights, inputs and activations.
+
+    On a GPU as its allocator counts them; on a CPU the bytes of all tensors alive at once, without what the libraries
+    below take for themselves.
+    """
+    inputs = _real_inputs(unet, batch_size, sample_size)
     if unet.device.type == "cuda":
+        unet(**inputs)
+        torch.cuda.reset_peak_memory_stats()
+        unet(**inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    with _LiveBytes() as live:
+        unet(**inputs)
+    tensors = [*unet.parameters(), *unet.buffers(), *(x for x in inputs.values() if isinstance(x, torch.Tensor))]
+    return live.peak + sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still referred to; `peak` is the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in given and storage not in self.known:
+                self.known.add(storage)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return output
+
+    def _release(self, size: int) -> None:
+        self.held -= size
+
+
+def _real_inputs(unet: UNet2DConditionModel, batch_size: int, sample_size: int | None) -> dict:
+    def cast(value):
+        if isinstance(value, dict):
+            return {key: cast(item) for key, item in value.items()}
+        return value.to(unet.dtype) if value.is_floating_point() else value
+
+    return cast(unet_inputs(unet.config, sample_size, batch_size, unet.device))
+
+
+@torch.no_grad()
+def _forward_seconds(unet: nn.Module, inputs: Mapping, device: torch.device) -> float:
+    started = time.perf_counter()
+    unet(**inputs)
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
+def _latency(seconds: Sequence[float]) -> Latency:
+    if len(seconds) < 2:
+        return Latency(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return Latency(median, low, high)

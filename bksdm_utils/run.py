@@ -24,8 +24,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .presets import PRESETS, ROOT, Preset, find_preset
+
+if TYPE_CHECKING:  # importing it for real takes seconds that the command line need not wait for
+    from .surgery import RemovalPlan
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -53,7 +57,7 @@ def parameters_of(notebook: Path) -> dict[str, object]:
 
 
 def check_parameters(notebook: Path, given: Mapping[str, object]) -> None:
-    """Raises ValueError, naming what is known, for a parameter, preset or variant that is not."""
+    """Raises ValueError, naming what is known, for a parameter, preset, variant or plan file that is not."""
     known = parameters_of(notebook)
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -61,9 +65,7 @@ def check_parameters(notebook: Path, given: Mapping[str, object]) -> None:
     if given.get("preset") is not None and given["preset"] not in PRESETS:
         raise ValueError(f"unknown preset {given['preset']!r}: expected one of {', '.join(PRESETS)}")
     if given.get("variant") is not None:
-        from .surgery import find_plan
-
-        find_plan(given["variant"])
+        requested_plan(given)
 
 
 # --- inside a notebook ------------------------------------------------------------------------------------------------
@@ -75,6 +77,8 @@ class Run:
 
     Attributes:
         preset: the preset with the notebook's parameters in place.
+        variant: the name of the removal plan; None where the notebook knows no variant.
+        plan: the plan itself.
         dir: the folder that everything this run writes goes to.
         standard: whether this is the run that the notebook's claims are about: a measured preset and no parameter but
             variant and output_dir changed. Claims about results are checked in such runs only.
@@ -83,6 +87,7 @@ class Run:
     notebook: str
     preset: Preset
     variant: str | None
+    plan: RemovalPlan | None
     seed: int
     device: str
     dir: Path
@@ -123,7 +128,8 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
 
     preset = find_preset(given.get("preset", "storybook"), **{k: v for k, v in given.items() if k != "preset"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    variant, seed = given.get("variant"), given.get("seed") or 0
+    plan, seed = requested_plan(given), given.get("seed") or 0
+    variant = plan.name if plan else None
     folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / folder_name(preset.name, variant))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
@@ -131,15 +137,24 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     write_json(folder / "config.json", config)
     free = ("variant", "output_dir")
     changed = {name for name, value in parameters_of(path).items() if given[name] != value and name not in free}
-    standard = preset.measured and not changed
-    run = Run(notebook, preset, variant, seed, device, folder, config, provenance(device), standard)
+    standard = preset.measured and not changed and not str(given.get("variant")).endswith(".json")
+    run = Run(notebook, preset, variant, plan, seed, device, folder, config, provenance(device), standard)
     print(describe(run))
     return run
 
 
+def requested_plan(parameters: Mapping[str, object]) -> RemovalPlan | None:
+    """The removal plan that a notebook's parameters ask for: by name, from a .json file, or the preset's."""
+    if "variant" not in parameters:
+        return None
+    from .surgery import find_plan
+
+    return find_plan(parameters["variant"] or find_preset(parameters.get("preset", "storybook")).variant)
+
+
 def folder_name(preset: str, variant: str | None) -> str:
     """ "storybook-bk_small", or "storybook" where there is no variant."""
-    return f"{preset}-{variant}" if variant else preset
+    return re.sub(r"[^\w.=+-]+", "_", f"{preset}-{variant}" if variant else preset)
 
 
 def provenance(device: str) -> dict:
@@ -279,9 +294,9 @@ def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str], seve
     if root and not several:
         return root
     values = {**parameters_of(path), **given}
-    name = folder_name(str(values.get("preset", "storybook")), values.get("variant"))
-    name = "-".join([name, *(f"{key}_{given[key]}" for key in swept)])
-    return (root or ROOT / "outputs") / path.stem / re.sub(r"[^\w.=+-]+", "_", name)
+    plan = requested_plan(values)
+    name = "-".join([plan.name if plan else "", *(f"{key}_{given[key]}" for key in swept)]).strip("-")
+    return (root or ROOT / "outputs") / path.stem / folder_name(str(values.get("preset", "storybook")), name)
 
 
 def execute(job: Job) -> tuple[str, float, str]:

@@ -10,18 +10,21 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from .presets import resolve
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+                                  "scheduler"),
+}  # fmt: skip
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
-def load_pipeline(
-    teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a diffusers folder or hub id, silent and without a safety checker.
+def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+    """A Stable Diffusion or SDXL pipeline from a diffusers folder or hub id, silent and without a safety checker.
 
     Raises:
         ValueError: the folder is missing, incomplete or no Stable Diffusion.
@@ -31,15 +34,33 @@ def load_pipeline(
         _check_folder(Path(place))
     _quiet()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
+        pipeline = DiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
     except Exception as error:  # a broken or foreign folder makes diffusers raise many kinds
         raise ValueError(
             f"teacher {str(teacher)!r} could not be loaded: {error}\nExpected a folder as diffusers' save_pretrained "
             "writes it, or the id of a model on the Hugging Face hub (which needs a network)."
         ) from error
+    if not isinstance(pipeline, Pipeline):
+        raise ValueError(f"{teacher} is a {type(pipeline).__name__}: expected one of {', '.join(PARTS)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
     return pipeline.to(device, dtype)
+
+
+def find_pipeline(teacher: str | Path, device: str = "cpu") -> Pipeline | None:
+    """`load_pipeline`, or None and a line that says so where the weights of a hub id are not to be had.
+
+    Raises:
+        ValueError: `teacher` is a folder, and no whole Stable Diffusion.
+    """
+    if Path(resolve(teacher)).is_dir():
+        return load_pipeline(teacher, device)
+    try:
+        return load_pipeline(teacher, device)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        print(f"No weights here: {reason}\nWhat needs weights is skipped. With a network: hf download {teacher}")
+        return None
 
 
 def _quiet() -> None:
@@ -57,19 +78,21 @@ def _check_folder(folder: Path) -> None:
         parts = json.loads(index.read_text())
     except ValueError as error:
         raise ValueError(f"{index} is no JSON ({error}): expected what diffusers' save_pretrained writes") from error
-    missing = [part for part in PARTS if part not in parts or not (folder / part).is_dir()]
+    kind = parts.get("_class_name")
+    if kind not in PARTS:
+        raise ValueError(f"{folder} holds a {kind}: expected one of {', '.join(PARTS)} (text to image)")
+    missing = [part for part in PARTS[kind] if part not in parts or not (folder / part).is_dir()]
     if missing:
-        raise ValueError(f"{folder} is no complete Stable Diffusion: {', '.join(missing)} missing. Expected {PARTS}")
+        raise ValueError(f"{folder} is no complete {kind}: {', '.join(missing)} missing. Expected {PARTS[kind]}")
     if parts["unet"][1] != "UNet2DConditionModel":
         raise ValueError(f"{folder} holds a {parts['unet'][1]}: expected a UNet2DConditionModel")
-    if parts["_class_name"] != "StableDiffusionPipeline":
-        raise ValueError(f"{folder} holds a {parts['_class_name']}: expected a StableDiffusionPipeline (text to image)")
 
 
-def with_unet(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     """The same pipeline around another U-Net; everything else is shared."""
-    components = {**pipeline.components, "unet": unet}
-    swapped = type(pipeline)(**components, requires_safety_checker=False)
+    settings = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # SD's, SDXL's
+    kept = {name: pipeline.config[name] for name in settings if name in pipeline.config}
+    swapped = type(pipeline)(**{**pipeline.components, "unet": unet}, **kept)
     swapped.set_progress_bar_config(disable=True)
     return swapped
 
@@ -82,7 +105,7 @@ def picture_seed(seed: int, picture: int) -> int:
 
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompts: Sequence[str],
     *,
     seed: int = 0,

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from . import storybook
 from .presets import Preset, resolve
-from .sampling import generate
+from .sampling import Pipeline, generate
 from .storybook import Scene
 
 
@@ -103,7 +102,7 @@ class Scorer:
             self.scenes = [storybook.sample_scene(i, "test") for i in range(settings.num_images)]
             self.captions = [scene.caption for scene in self.scenes]
 
-    def draw(self, pipeline: StableDiffusionPipeline) -> list[Image.Image]:
+    def draw(self, pipeline: Pipeline) -> list[Image.Image]:
         """One picture for each caption."""
         return self._draw(pipeline, self.captions, self.settings.num_inference_steps)
 
@@ -120,7 +119,7 @@ class Scorer:
             scores |= zero_shot_accuracy(self.judge, pictures, self.scenes)
         return {name: round(value, 4) for name, value in scores.items()}
 
-    def proxy(self, pipeline: StableDiffusionPipeline, num_images: int = 16, num_inference_steps: int = 20) -> float:
+    def proxy(self, pipeline: Pipeline, num_images: int = 16, num_inference_steps: int = 20) -> float:
         """CLIP score of a few quickly drawn captions, to follow a training by; NaN without a judge."""
         if self.judge is None:
             return float("nan")

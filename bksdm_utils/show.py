@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import inspect
+import io
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from .costs import count
-from .surgery import RemovalPlan, find_plan, free_plan, identity_plan, layers_per_stage, student_config
+from .surgery import (
+    RemovalPlan,
+    attention_depths,
+    find_plan,
+    free_plan,
+    identity_plan,
+    layers_per_stage,
+    student_config,
+)
 
-RESNET, ATTENTION, SAMPLER, MID = "#4c78a8", "#f2a541", "#9aa5b1", "#7b5ea7"
+RESNET, ATTENTION, SAMPLER = "resnet", "transformer block", "down- or upsampler"
+COLOURS = {RESNET: "#4c78a8", ATTENTION: "#f2a541", SAMPLER: "#9aa5b1"}
+GHOST = "#b0b7c0"
+BAR_COLOURS = ("#9aa5b1", "#c44e52")
+MARKS = (
+    {"marker": "*", "color": "black", "markersize": 10}, {"marker": "o", "color": "#b0b7c0", "markersize": 4},
+    {"marker": ".", "color": "#4c78a8", "markersize": 7}, {"marker": "D", "color": "#c44e52", "markersize": 5},
+)  # fmt: skip
 
 
 def show(function) -> None:
@@ -147,12 +166,15 @@ def smoothed(values: Sequence[float], width: int = 10) -> list[float]:
 
 
 def feature_map(activation: torch.Tensor) -> np.ndarray:
-    """Root mean square over channels of one activation, (C, H, W) to (H, W)."""
+    """Root mean square over channels of one activation, (C, H, W) or of self-attention (H x W, C), to (H, W)."""
+    if activation.ndim == 2:
+        side = math.isqrt(len(activation))
+        activation = activation.T.reshape(-1, side, len(activation) // side)
     return activation.float().square().mean(0).sqrt().cpu().numpy()
 
 
 def feature_maps(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[str]) -> Figure:
-    """Activations (C, H, W) as heat maps; the maps of one column share their colour scale."""
+    """Activations as `feature_map` takes them, as heat maps; the maps of one column share their colour scale."""
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(1.15 * len(titles) + 1.3, 1.2 * len(rows) + 0.4))
     axes = np.atleast_2d(axes)
     maps = [[feature_map(a) for a in activations] for activations in rows.values()]
@@ -172,101 +194,247 @@ def feature_maps(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[st
 # --- the architecture -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One box of the drawing: what it is, its row (the mid block stands below the last stage), whether it stays."""
+
+    kind: str
+    row: int
+    kept: bool
+
+
 def architecture(teacher_config: Mapping, *plans: str | RemovalPlan) -> Figure:
-    """The teacher's U-Net and, beside it, one drawing for each plan with the removed blocks ghosted."""
+    """The teacher's U-Net and, below it, one drawing for each plan with the removed blocks ghosted.
+
+    Data flows from left to right, down the left arm, through the mid block, up the right arm. A narrow box in a row of
+    orange ones is one transformer block; height falls with the stage's resolution.
+    """
     drawn = [identity_plan(teacher_config), *(find_plan(p) for p in plans)]
-    figure, axes = plt.subplots(1, len(drawn), figsize=(4.3 * len(drawn), 5.4), squeeze=False)
-    for axis, plan in zip(axes[0], drawn, strict=True):
+    rows = len(layers_per_stage(teacher_config)) + 1
+    figure, axes = plt.subplots(len(drawn), 1, figsize=(10.5, (0.36 * rows + 0.35) * len(drawn) + 0.3), squeeze=False)
+    whole = count(teacher_config)
+    for axis, plan in zip(axes[:, 0], drawn, strict=True):
         draw_unet(axis, teacher_config, plan)
-    figure.tight_layout()
+        costs = count(student_config(teacher_config, plan))
+        left = "" if plan is drawn[0] else f" ({costs.params / whole.params:.0%}, {costs.macs / whole.macs:.0%})"
+        size = f"{short(costs.params)} parameters, {short(costs.macs)} MACs{left}"
+        axis.set_title(f"{plan.name}: {size}", fontsize=9, loc="left", pad=3)
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    handles.append(Patch(facecolor="white", edgecolor=GHOST, linestyle=(0, (3, 2)), label="removed"))
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
     return figure
+
+
+def short(number: float) -> str:
+    """A count in millions or milliards: 8.69 M, 860 M, 2,990 G."""
+    value, unit = (number / 1e9, "G") if number >= 1e10 else (number / 1e6, "M")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def draw_unet(axis: Axes, config: Mapping, plan: RemovalPlan) -> None:
-    """Draws one U-Net: encoder at the left, decoder at the right, stages from the top down, the mid block below."""
-    y, layers, channels = 0.0, layers_per_stage(config), config["block_out_channels"]
-    for stage, pairs in enumerate(layers):
-        kept = plan.stages[stage] if stage < len(plan.stages) else None
-        down_attention = "CrossAttn" in config["down_block_types"][stage]
-        up_attention = "CrossAttn" in config["up_block_types"][-1 - stage]
-        for pair in range(pairs):
-            _pair(axis, 0.0, y - pair * 0.44 - 0.24, down_attention, kept is not None and pair in kept.down)
-        for pair in range(pairs + 1):
-            _pair(axis, 3.0, y - (pairs - pair) * 0.44 - 0.02, up_attention, kept is not None and pair in kept.up)
+    """Draws one U-Net as `architecture` does, with the skip connections of the pairs that stay.
+
+    `spans` holds, for each place of `_pieces`, the left and right end of its boxes.
+    """
+    x, spans, inner = 0.0, {}, len(config["block_out_channels"])
+    for place, pieces in _pieces(config, plan):
+        start, several = x, sum(piece.kind == ATTENTION for piece in pieces) > 1
+        for piece in pieces:
+            width = 0.14 if piece.kind == ATTENTION and several else 0.5
+            _box(axis, x, width, piece)
+            x += width + 0.04
+        spans[place] = (start, x - 0.04)
+        x += 0.16
+    for stage, channels in enumerate(config["block_out_channels"]):
         side = config["sample_size"] // 2**stage
-        label = f"stage {stage}\n{side}×{side}\n{channels[stage]} ch"
-        axis.text(2.2, y - pairs * 0.25, label, ha="center", va="center", fontsize=8, color="#555")
-        y -= pairs * 0.5 + 0.38
-        if stage < len(layers) - 1:
-            survives = stage < len(plan.stages) - 1
-            _box(axis, 0.0, y, 1.4, 0.2, SAMPLER, survives, "down")
-            _box(axis, 3.0, y, 1.4, 0.2, SAMPLER, survives, "up")
-            y -= 0.38
-    if config.get("mid_block_type") is not None:
-        _box(axis, 1.5, y, 1.4, 0.34, MID, plan.mid, "mid block")
-    axis.set(xlim=(-0.15, 4.55), ylim=(y - 0.3, 0.5), title=plan.name)
+        _label(axis, spans["down", stage, 0][0], stage, f"{side}×{side}\n{channels} channels")
+        _skips(axis, plan, stage, spans)
+    if ("mid",) in spans:
+        _label(axis, spans["mid",][0], inner, "mid block")
+    axis.set(xlim=(-1.9, x), ylim=(-inner - 0.5, 0.5))
     axis.axis("off")
 
 
-def _pair(axis: Axes, x: float, y: float, attention: bool, kept: bool) -> None:
-    _box(axis, x, y, 0.68 if attention else 1.4, 0.36, RESNET, kept, "res")
-    if attention:
-        _box(axis, x + 0.72, y, 0.68, 0.36, ATTENTION, kept, "attn")
+def _label(axis: Axes, x: float, row: int, text: str) -> None:
+    axis.text(x - 0.2, -row, text, fontsize=6.5, color="#555", ha="right", va="center", linespacing=1.0)
 
 
-def _box(axis: Axes, x: float, y: float, width: float, height: float, colour: str, kept: bool, label: str) -> None:
-    style = {"facecolor": colour, "edgecolor": "white"} if kept else {"facecolor": "white", "edgecolor": "#b0b7c0"}
-    axis.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06", linewidth=1,
-                       linestyle="-" if kept else (0, (3, 2)), **style)
-    )  # fmt: skip
-    axis.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=7,
-              color="white" if kept else "#b0b7c0")  # fmt: skip
+def _pieces(config: Mapping, plan: RemovalPlan) -> Iterator[tuple[tuple, list[Piece]]]:
+    """The boxes in the order of computation, pair by pair, each pair with its place (side, stage, number)."""
+    layers, depths, total = layers_per_stage(config), attention_depths(config), len(config["block_out_channels"])
+
+    def pair(side: str, stage: int, number: int) -> list[Piece]:
+        kept = plan.stages[stage] if stage < len(plan.stages) else None
+        stays = kept is not None and number in getattr(kept, side)
+        attends = "CrossAttn" in config[f"{side}_block_types"][stage if side == "down" else total - 1 - stage]
+        depth = (kept.depth if kept else None) or depths[stage]
+        blocks = [Piece(ATTENTION, stage, stays and b < depth) for b in range(depths[stage])] if attends else []
+        return [Piece(RESNET, stage, stays), *blocks]
+
+    for stage in range(total):
+        for number in range(layers[stage]):
+            yield ("down", stage, number), pair("down", stage, number)
+        if stage < total - 1:
+            yield ("downsampler", stage), [Piece(SAMPLER, stage, stage < len(plan.stages) - 1)]
+    if config.get("mid_block_type", "") is not None:
+        depth = plan.stages[-1].depth or depths[len(plan.stages) - 1]
+        blocks = [Piece(ATTENTION, total, plan.mid and b < depth) for b in range(depths[-1])]
+        resnet = Piece(RESNET, total, plan.mid)
+        yield ("mid",), [resnet, *blocks, resnet]
+    for stage in reversed(range(total)):
+        for number in range(layers[stage] + 1):
+            yield ("up", stage, number), pair("up", stage, number)
+        if stage:
+            yield ("upsampler", stage), [Piece(SAMPLER, stage, stage < len(plan.stages))]
 
 
-def plan_figure(teacher_config: Mapping, plan: RemovalPlan) -> Figure:
-    """Teacher and one student side by side, under a line that says what the student saves."""
-    teacher, student = count(teacher_config), count(student_config(teacher_config, plan))
-    figure = architecture(teacher_config, plan)
-    figure.suptitle(
-        f"{student.params:,} parameters ({student.params / teacher.params:.0%} of the teacher), "
-        f"{student.macs / 1e9:.2f} GMACs ({student.macs / teacher.macs:.0%})", fontsize=10
-    )  # fmt: skip
+def _skips(axis: Axes, plan: RemovalPlan, stage: int, spans: Mapping) -> None:
+    """A line for each skip connection that joins a pair on the way down with one on the way up."""
+    if stage >= len(plan.stages):
+        return
+    ends = zip(plan.stages[stage].down, reversed(plan.stages[stage].up[:-1]), strict=True)
+    for number, (down, up) in enumerate(ends):
+        y = -stage + 0.1 * (number - (len(plan.stages[stage].down) - 1) / 2)
+        x = spans["down", stage, down][1], spans["up", stage, up][0]
+        axis.plot(x, (y, y), color="#c9d1da", linewidth=1, zorder=0)
+
+
+def _box(axis: Axes, x: float, width: float, piece: Piece) -> None:
+    height = max(0.86 * 0.82**piece.row, 0.4) * (0.7 if piece.kind == SAMPLER else 1)
+    if piece.kept:
+        style = {"facecolor": COLOURS[piece.kind], "edgecolor": "white", "linewidth": 0.4}
+    else:
+        style = {"facecolor": "white", "edgecolor": GHOST, "linewidth": 0.8, "linestyle": (0, (3, 2))}
+    axis.add_patch(Rectangle((x, -piece.row - height / 2), width, height, **style))
+
+
+def bars(table: Mapping[str, Mapping[str, float]], percent: Sequence[str] = (), log: Sequence[str] = ()) -> Figure:
+    """A horizontal bar for each row of the table, in one panel for each column.
+
+    Args:
+        table: row name -> column name -> value; rows are drawn from the top.
+        percent: columns whose values are shares.
+        log: columns with a logarithmic axis.
+    """
+    names, columns = list(table), list(next(iter(table.values())))
+    size = (2.2 * len(columns) + 1.8, 0.2 * len(names) + 0.7)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
+    for number, (axis, column) in enumerate(zip(axes[0], columns, strict=True)):
+        axis.barh(range(len(names)), [table[name][column] for name in names], height=0.7,
+                  color=BAR_COLOURS[number == 0])  # fmt: skip
+        axis.set_xlabel(column, fontsize=8)
+        axis.tick_params(labelsize=7, left=False)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25)
+        if column in log:
+            axis.set_xscale("log")
+        if column in percent:
+            axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
     figure.tight_layout()
     return figure
+
+
+def tradeoff(
+    groups: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, line: str = "", named: Sequence[str] = ()
+) -> Figure:
+    """What is kept (higher is better) against what it costs: a panel for each cost, a point for each network.
+
+    The dashed Pareto front joins the networks that no cheaper or equal one beats.
+
+    Args:
+        groups: group -> network -> {ylabel: score, cost: share of the teacher's, …}.
+        line: the group whose points are joined in their order.
+        named: groups whose points bear their names.
+    """
+    first = next(iter(next(iter(groups.values())).values()))
+    columns = [column for column in first if column != ylabel]
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3.3), sharey=True, squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        for style, (group, points) in zip(MARKS, groups.items(), strict=False):
+            x, y = ([point[key] for point in points.values()] for key in (column, ylabel))
+            axis.plot(x, y, label=group, linestyle="-" if group == line else "none", linewidth=1.2, **style)
+            for name, place in zip(points, zip(x, y, strict=True), strict=True) if group in named else ():
+                axis.annotate(name, place, xytext=(0, 7), textcoords="offset points", fontsize=7, rotation=60)
+        every = [(point[column], point[ylabel]) for points in groups.values() for point in points.values()]
+        axis.plot(
+            *zip(*pareto_front(every), strict=True), "--", color="#c9d1da", linewidth=1, zorder=0, label="Pareto front"
+        )
+        axis.set_xlabel(f"{column}, share of the teacher's", fontsize=8)
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel(ylabel, fontsize=8)
+    axes[0, -1].legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    figure.tight_layout()
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, score) that no other beats: each scores higher than every one that costs as much or less."""
+    front = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
 
 
 def slider(draw: Callable[[int], Figure], name: str, values: Sequence[int]) -> None:
     """A slider over `values` that shows the figure `draw(value)`."""
     import ipywidgets as widgets
-    from IPython.display import display
-
-    def redraw(value: int) -> None:
-        display(draw(value))
-        plt.close("all")  # the inline backend would show the figure a second time
 
     chosen = widgets.SelectionSlider(options=list(values), description=name, continuous_update=False)
-    display(widgets.VBox([chosen, widgets.interactive_output(redraw, {"value": chosen})]))
+    _interactive([chosen], lambda: [draw(chosen.value)])
 
 
-def plan_toggles(teacher_config: Mapping) -> None:
-    """Tick boxes for a free plan; every change draws `plan_figure` again, or says why no student fits the plan."""
+def plan_toggles(teacher_config: Mapping, draw: Callable[[RemovalPlan], Figure] | None = None) -> None:
+    """Tick boxes for a free plan; every change draws `architecture` again, or says why no student fits the plan.
+
+    Args:
+        draw: gives a further figure for the plan, its pictures say.
+    """
+    import ipywidgets as widgets
+
+    stages = range(len(teacher_config["block_out_channels"]))
+    names = [*(f"second pair in stage {s}" for s in stages), "mid block", "innermost stage"]
+    boxes = [widgets.Checkbox(True, description=name, indent=False) for name in names]
+
+    def figures() -> list[Figure]:
+        *pairs, mid, innermost = (box.value for box in boxes)
+        thin = [s for s in stages if not pairs[s]]
+        plan = free_plan(teacher_config, thin, mid, len(stages) - (not innermost))
+        return [architecture(teacher_config, plan), *([draw(plan)] if draw else [])]
+
+    _interactive(boxes, figures)
+
+
+def _interactive(controls: Sequence, figures: Callable[[], list[Figure]]) -> None:
+    """Controls above the figures they change; an error of `figures` is shown in their place.
+
+    Figures are put into image widgets. An output widget would be simpler, but headless runs now and then wait for ever
+    on one (nbclient issue 312).
+    """
     import ipywidgets as widgets
     from IPython.display import display
 
-    stages = len(teacher_config["block_out_channels"])
-    pairs = [widgets.Checkbox(True, description=f"second pair in stage {s}", indent=False) for s in range(stages)]
-    mid = widgets.Checkbox(True, description="mid block", indent=False)
-    innermost = widgets.Checkbox(True, description="innermost stage", indent=False)
+    shown = widgets.VBox()
 
-    def redraw(**ticked: bool) -> None:
-        thin = [s for s in range(stages) if not ticked[f"stage{s}"]]
-        plan = free_plan(teacher_config, thin, ticked["mid"], stages if ticked["innermost"] else stages - 1)
+    def redraw(*_) -> None:
         try:
-            display(plan_figure(teacher_config, plan))
+            shown.children = [widgets.Image(value=_png(figure)) for figure in figures()]
         except ValueError as error:
-            print(error)
-        plt.close("all")  # the inline backend would show the figure a second time
+            shown.children = [widgets.Label(str(error))]
 
-    boxes = {f"stage{s}": box for s, box in enumerate(pairs)} | {"mid": mid, "innermost": innermost}
-    display(widgets.HBox([widgets.VBox(list(boxes.values())), widgets.interactive_output(redraw, boxes)]))
+    for control in controls:
+        control.observe(redraw, "value")
+    redraw()
+    display(widgets.VBox([widgets.HBox(list(controls)), shown]))
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90, bbox_inches="tight")
+    plt.close(figure)  # the inline backend would show it a second time
+    return buffer.getvalue()

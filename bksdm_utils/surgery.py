@@ -2,15 +2,22 @@
 
 Section 3.1 of the paper. A U-Net has stages, numbered from the outermost (full resolution) inwards; each holds
 (resnet, attention) pairs on its way down, one pair more on its way up, and the mid block joins the two innermost ends.
+An attention holds one transformer block in Stable Diffusion v1 and v2, up to ten in SDXL: its depth.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+
+from .presets import resolve
 
 PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads",
              "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block")  # fmt: skip
@@ -18,10 +25,14 @@ PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "atte
 
 @dataclass(frozen=True)
 class Stage:
-    """The pairs that stay in one stage, by their number in the teacher: `down` on the way in, `up` on the way out."""
+    """The pairs that stay in one stage, by their number in the teacher: `down` on the way in, `up` on the way out.
+
+    `depth` is the number of transformer blocks that stay in each of its attentions, the first ones; None keeps all.
+    """
 
     down: tuple[int, ...]
     up: tuple[int, ...]
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,59 @@ class RemovalPlan:
     Attributes:
         name: a short name for folders and tables.
         stages: outermost first; fewer than the teacher has removes the innermost ones on both sides.
-        mid: whether the mid block stays.
+        mid: whether the mid block stays; its attention is as deep as the innermost stage's.
     """
 
     name: str
     stages: tuple[Stage, ...]
     mid: bool = True
 
+    def describe(self, teacher_config: Mapping | None = None) -> str:
+        """What stays, a line for each run of equal stages; given a teacher, also out of how much.
+
+        Raises:
+            ValueError: the plan does not fit the teacher.
+        """
+        if teacher_config is not None:
+            self.check(teacher_config)
+        lines = []
+        for stage, group in groupby(enumerate(self.stages), key=lambda numbered: numbered[1]):
+            numbers = [number for number, _ in group]
+            where = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
+            lines.append(f"  {where}: keep {_kept(stage, teacher_config, numbers[0])}")
+        if teacher_config is not None and len(self.stages) < len(teacher_config["block_out_channels"]):
+            lines.append(f"  removed: the innermost {len(teacher_config['block_out_channels']) - len(self.stages)}")
+        return "\n".join([self.name, *lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
+
+    def to_json(self) -> str:
+        """The plan as JSON; `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RemovalPlan:
+        """A plan from JSON: {"name": "mine", "stages": [{"down": [0], "up": [0, 2], "depth": null}, …], "mid": true}.
+
+        Raises:
+            ValueError: the text is no JSON, or no plan; it says which part.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the plan is no JSON ({error}): write it with RemovalPlan.to_json()") from error
+        _check_keys(data, "the plan", {"name": str, "stages": list, "mid": bool}, optional=("mid",))
+        stages = []
+        for number, stage in enumerate(data["stages"]):
+            where = f"stage {number} of plan {data['name']!r}"
+            _check_keys(stage, where, {"down": list, "up": list, "depth": int | None}, optional=("depth",))
+            if not all(type(pair) is int for pair in (*stage["down"], *stage["up"])):
+                raise ValueError(f"{where}: down and up must be lists of whole numbers")
+            stages.append(Stage(tuple(stage["down"]), tuple(stage["up"]), stage.get("depth")))
+        return cls(data["name"], tuple(stages), data.get("mid", True))
+
     def check(self, teacher_config: Mapping) -> None:
         """Raises ValueError, saying which rule is broken, if no student of this teacher can follow the plan."""
         _check_unet(teacher_config)
-        channels = list(teacher_config["block_out_channels"])
-        layers = layers_per_stage(teacher_config)
+        channels, depths = list(teacher_config["block_out_channels"]), attention_depths(teacher_config)
         kept, total = len(self.stages), len(channels)
         if not 1 <= kept <= total:
             raise ValueError(f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total}")
@@ -53,50 +105,154 @@ class RemovalPlan:
                 f"fit. Remove only stages as wide as the one that becomes innermost."
             )
         for number, stage in enumerate(self.stages):
-            self._check_stage(number, stage, layers[number])
+            _check_stage(stage, f"plan {self.name!r}, stage {number}", teacher_config, number)
+            if stage.depth is not None and not 1 <= stage.depth <= depths[number]:
+                where = f"plan {self.name!r}, stage {number}"
+                raise ValueError(f"{where}: depth {stage.depth} must be 1 … {depths[number]}")
+        if self.mid:
+            self._check_mid(teacher_config, depths)
 
-    def _check_stage(self, number: int, stage: Stage, layers: int) -> None:
-        where = f"plan {self.name!r}, stage {number}"
-        for side, pairs, available in (("down", stage.down, layers), ("up", stage.up, layers + 1)):
-            if list(pairs) != sorted(set(pairs)) or not set(pairs) <= set(range(available)):
-                raise ValueError(f"{where}: {side}={pairs} must be rising numbers among 0 … {available - 1}")
-        if len(stage.up) != len(stage.down) + 1:
+    def _check_mid(self, teacher_config: Mapping, depths: Sequence[int]) -> None:
+        if teacher_config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
+            raise ValueError(f"plan {self.name!r} keeps the mid block, but the teacher has none: give mid=False")
+        inner, channels = len(self.stages) - 1, teacher_config["block_out_channels"]
+        heads, depth = teacher_config.get("attention_head_dim", 8), self.stages[inner].depth or depths[inner]
+        if channels[inner] != channels[-1] or depth > depths[-1]:
             raise ValueError(
-                f"{where}: {len(stage.down)} pairs down need {len(stage.down) + 1} up, not {len(stage.up)}: every "
-                f"skip connection needs both its ends"
+                f"plan {self.name!r} keeps the mid block of {channels[-1]} channels and depth {depths[-1]} under stage "
+                f"{inner} of {channels[inner]} channels and depth {depth}: remove the mid block too"
             )
-        if not stage.down or stage.down[0] != 0:
-            raise ValueError(f"{where}: pair 0 of down must stay, it changes the number of channels")
-        if stage.up[0] != 0 or stage.up[-1] != layers:
-            raise ValueError(f"{where}: pairs 0 and {layers} of up must stay, their inputs have other widths")
+        if isinstance(heads, (list, tuple)) and heads[inner] != heads[-1]:
+            raise ValueError(
+                f"plan {self.name!r} keeps the mid block, whose attention has {heads[-1]} heads, under stage {inner} "
+                f"with {heads[inner]}: the student's mid block would compute something else. Remove it too."
+            )
 
 
-def plan_of(name: str, down=(0,), up=(0, 2), stages: int = 4, mid: bool = True) -> RemovalPlan:
-    """A plan that treats every stage alike."""
-    return RemovalPlan(name, (Stage(tuple(down), tuple(up)),) * stages, mid)
+def _kept(stage: Stage, teacher_config: Mapping | None, number: int) -> str:
+    layers = layers_per_stage(teacher_config)[number] if teacher_config is not None else None
+    down, up = (", ".join(map(str, pairs)) for pairs in (stage.down, stage.up))
+    of_down, of_up = ("", "") if layers is None else (f" of {layers}", f" of {layers + 1}")
+    depth = "" if stage.depth is None else f", the first {stage.depth} transformer blocks of each attention"
+    return f"pair {down}{of_down} down, pairs {up}{of_up} up{depth}"
 
 
-VARIANTS: dict[str, RemovalPlan] = {
+def _check_keys(data: object, where: str, kinds: Mapping[str, type], optional: Sequence[str]) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {data!r}: expected an object with {', '.join(kinds)}")
+    wrong = sorted(set(data) - set(kinds)) or [key for key in kinds if key not in data and key not in optional]
+    if wrong:
+        raise ValueError(f"{where}: look at {', '.join(wrong)}; expected {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        value = data.get(key, True if key == "mid" else None)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where}: {key} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def _check_stage(stage: Stage, where: str, config: Mapping, number: int) -> None:
+    layers = layers_per_stage(config)[number]
+    for side, pairs, available in (("down", stage.down, layers), ("up", stage.up, layers + 1)):
+        if list(pairs) != sorted(set(pairs)) or not set(pairs) <= set(range(available)):
+            raise ValueError(f"{where}: {side}={pairs} must be rising numbers among 0 … {available - 1}")
+    if not stage.down:
+        raise ValueError(f"{where}: down={stage.down} keeps no pair; keep one, or remove the innermost stages whole")
+    if len(stage.up) != len(stage.down) + 1:
+        raise ValueError(
+            f"{where}: {len(stage.down)} pairs down need {len(stage.down) + 1} up, not {len(stage.up)}: every "
+            f"skip connection needs both its ends"
+        )
+    widths = list(config["block_out_channels"])
+    for place, pair in enumerate(stage.down):
+        given, wanted = _down_input(widths, number, place), _down_input(widths, number, pair)
+        if given != wanted:
+            raise ValueError(f"{where}: pair 0 of down must stay, it takes {given} channels where pair {pair} takes "
+                             f"{wanted}")  # fmt: skip
+    for place, pair in enumerate(stage.up):
+        given = _up_input(widths, number, place, len(stage.down))
+        wanted = _up_input(widths, number, pair, layers)
+        if given != wanted:
+            raise ValueError(
+                f"{where}: pair {pair} of up cannot stand in place {place}: there it gets {given[0]} channels from "
+                f"below and {given[1]} from its skip connection, and was made for {wanted[0]} and {wanted[1]}"
+            )
+
+
+def _down_input(widths: Sequence[int], stage: int, pair: int) -> int:
+    """Channels that reach a pair on the way down."""
+    return widths[stage] if pair else widths[max(stage - 1, 0)]
+
+
+def _up_input(widths: Sequence[int], stage: int, pair: int, layers: int) -> tuple[int, int]:
+    """Channels that reach a pair on the way up: from below, and by its skip connection."""
+    below = widths[stage] if pair else widths[min(stage + 1, len(widths) - 1)]
+    return below, widths[max(stage - 1, 0)] if pair == layers else widths[stage]
+
+
+# --- the plans that have names ----------------------------------------------------------------------------------------
+
+
+def plan_of(
+    name: str, down=(0,), up=(0, 2), stages: int = 4, mid: bool = True, depths: Sequence[int | None] = ()
+) -> RemovalPlan:
+    """A plan that keeps the same pairs in every stage; `depths` has one entry for each stage, or none."""
+    depths = depths or (None,) * stages
+    return RemovalPlan(name, tuple(Stage(tuple(down), tuple(up), depth) for depth in depths), mid)
+
+
+SD_VARIANTS: dict[str, RemovalPlan] = {
     "bk_base": plan_of("bk_base"),
     "bk_small": plan_of("bk_small", mid=False),
     "bk_tiny": plan_of("bk_tiny", stages=3, mid=False),
 }
+SDXL_VARIANTS: dict[str, RemovalPlan] = {
+    "bk_sdxl_base": plan_of("bk_sdxl_base", stages=3),
+    "bk_sdxl_small": plan_of("bk_sdxl_small", stages=3, mid=False),
+    "koala_1b": plan_of("koala_1b", depths=(None, None, 6)),
+    "koala_700m": plan_of("koala_700m", depths=(None, None, 5), mid=False),
+}
+VARIANTS: dict[str, RemovalPlan] = SD_VARIANTS | SDXL_VARIANTS
+ALIASES = {"sd_small": "bk_base", "sd_tiny": "bk_tiny"}  # segmind/distill-sd's names for the same plans
+
+
+def variants_of(teacher_config: Mapping) -> dict[str, RemovalPlan]:
+    """The named plans made for a teacher of this kind that fit it: SDXL's, or Stable Diffusion's."""
+    family = SDXL_VARIANTS if teacher_config.get("addition_embed_type") == "text_time" else SD_VARIANTS
+    return {name: plan for name, plan in family.items() if fits(plan, teacher_config)}
+
+
+def fits(plan: RemovalPlan, teacher_config: Mapping) -> bool:
+    """Whether a student of this teacher can follow the plan."""
+    try:
+        plan.check(teacher_config)
+    except ValueError:
+        return False
+    return True
 
 
 def find_plan(plan: str | RemovalPlan) -> RemovalPlan:
-    """A plan by its name in `VARIANTS`, or the plan itself."""
+    """A plan by its name in `VARIANTS` or `ALIASES`, from a .json file that `RemovalPlan.to_json` wrote, or itself.
+
+    Raises:
+        ValueError: the name is unknown, or the file is missing or malformed.
+    """
     if isinstance(plan, RemovalPlan):
         return plan
-    if plan not in VARIANTS:
-        raise ValueError(f"unknown variant {plan!r}: expected one of {', '.join(VARIANTS)}, or a RemovalPlan")
-    return VARIANTS[plan]
+    if str(plan).endswith(".json"):
+        path = Path(resolve(plan))
+        if not path.is_file():
+            raise ValueError(f"{plan} is missing: write a plan there with RemovalPlan.to_json()")
+        return RemovalPlan.from_json(path.read_text(encoding="utf-8"))
+    known = VARIANTS.get(ALIASES.get(plan, plan))
+    if known is None:
+        same = ", ".join(f"{alias} (the same as {name})" for alias, name in ALIASES.items())
+        raise ValueError(f"unknown variant {plan!r}: expected one of {', '.join(VARIANTS)}, {same}, or a .json file")
+    return known
 
 
 def identity_plan(teacher_config: Mapping) -> RemovalPlan:
     """The plan that removes nothing."""
-    layers = layers_per_stage(teacher_config)
-    stages = tuple(Stage(tuple(range(n)), tuple(range(n + 1))) for n in layers)
-    return RemovalPlan("teacher", stages, mid=teacher_config.get("mid_block_type") is not None)
+    stages = tuple(Stage(tuple(range(n)), tuple(range(n + 1))) for n in layers_per_stage(teacher_config))
+    return RemovalPlan("teacher", stages, mid=teacher_config.get("mid_block_type", "") is not None)
 
 
 def free_plan(
@@ -118,10 +274,54 @@ def free_plan(
     return RemovalPlan(name, tuple(thinned[:stages]), mid and whole.mid)
 
 
+def removals(teacher_config: Mapping, plan: RemovalPlan) -> dict[str, RemovalPlan]:
+    """Every plan that removes one unit more than `plan`, by what that unit is.
+
+    A unit is a pair on the way down together with one on the way up (each skip connection needs both its ends), the mid
+    block, the innermost stage, or the last transformer block of every attention in a stage. Only plans that fit are
+    given.
+    """
+    depths, found = attention_depths(teacher_config), {}
+    for number, stage in enumerate(plan.stages):
+
+        def changed(number=number, **parts) -> RemovalPlan:
+            stages = [replace(s, **parts) if i == number else s for i, s in enumerate(plan.stages)]
+            return replace(plan, stages=tuple(stages))
+
+        for down, up in product(stage.down, stage.up):
+            rest = {"down": tuple(p for p in stage.down if p != down), "up": tuple(p for p in stage.up if p != up)}
+            found[f"stage {number}: down {down}, up {up}"] = changed(**rest)
+        depth = stage.depth or depths[number]
+        if depth > 1 and "CrossAttn" in teacher_config["down_block_types"][number]:
+            found[f"stage {number}: depth {depth} to {depth - 1}"] = changed(depth=depth - 1)
+    if plan.mid:
+        found["mid block"] = replace(plan, mid=False)
+    found["innermost stage"] = replace(plan, stages=plan.stages[:-1])
+    return {unit: replace(p, name=f"without {unit}") for unit, p in found.items() if fits(p, teacher_config)}
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
 def layers_per_stage(config: Mapping) -> list[int]:
     """Number of (resnet, attention) pairs in each down stage."""
     layers = config["layers_per_block"]
     return [layers] * len(config["block_out_channels"]) if isinstance(layers, int) else list(layers)
+
+
+def attention_depths(config: Mapping) -> list[int]:
+    """Number of transformer blocks in each attention, stage by stage.
+
+    Raises:
+        ValueError: the attentions of one stage differ in depth, which no plan can say yet.
+    """
+    depths = config.get("transformer_layers_per_block") or 1
+    if isinstance(depths, int):
+        return [depths] * len(config["block_out_channels"])
+    flat = [set(depth) if isinstance(depth, (list, tuple)) else {depth} for depth in depths]
+    if config.get("reverse_transformer_layers_per_block") or any(len(depth) != 1 for depth in flat):
+        raise ValueError("the attentions within one stage differ in depth: expected one depth for each stage")
+    return [depth.pop() for depth in flat]
 
 
 def student_config(teacher_config: Mapping, plan: str | RemovalPlan) -> dict:
@@ -140,6 +340,9 @@ def student_config(teacher_config: Mapping, plan: str | RemovalPlan) -> dict:
     config["up_block_types"] = list(config["up_block_types"])[-kept:]
     layers = [len(stage.down) for stage in plan.stages]
     config["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
+    if any(stage.depth for stage in plan.stages):
+        depths = attention_depths(teacher_config)
+        config["transformer_layers_per_block"] = [s.depth or d for s, d in zip(plan.stages, depths, strict=False)]
     if not plan.mid:
         config["mid_block_type"] = None
     return config
@@ -149,6 +352,15 @@ def empty_unet(config: Mapping) -> UNet2DConditionModel:
     """A U-Net on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(dict(config))
+
+
+def random_unet(config: Mapping, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A U-Net of this config with weights that mean nothing, made quickly: for timing, which they do not influence."""
+    unet = empty_unet(config).to_empty(device=device).to(memory_format=torch.channels_last)
+    unet = unet if unet.dtype == dtype else unet.to(dtype)
+    for tensor in unet.parameters():
+        torch.nn.init.normal_(tensor, std=0.02)
+    return unet.eval()
 
 
 def build_student(
@@ -179,3 +391,94 @@ def _check_unet(config: Mapping) -> None:
             f"not a Stable-Diffusion-shaped U-Net: its config lacks {', '.join(missing)}. "
             "Expected the config of a diffusers UNet2DConditionModel."
         )
+    known = {f"{attention}{side}Block2D" for attention in ("", "CrossAttn") for side in ("Down", "Up")}
+    strange = sorted({*config["down_block_types"], *config["up_block_types"]} - known)
+    if strange:
+        raise ValueError(f"blocks of type {', '.join(strange)} cannot be cut: expected {', '.join(sorted(known))}")
+
+
+# --- other people's students ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a student's config says about it.
+
+    Attributes:
+        teacher: name of the nearest teacher.
+        plan: the named plan it follows, or one read off its counts; None where no plan leads to it.
+        differences: what its config has otherwise than this plan gives; empty for an exact match.
+    """
+
+    teacher: str
+    plan: RemovalPlan | None
+    differences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        plan = self.plan.name if self.plan else "no plan"
+        return f"{plan} of {self.teacher}" + "".join(f"\n  differs: {line}" for line in self.differences)
+
+
+def recognise(config: Mapping, teachers: Mapping[str, Mapping]) -> Recognition:
+    """Which plan, applied to which teacher, gives a U-Net of this config.
+
+    A config tells how many pairs stayed, not which: where no named plan matches, the first ones down and the last one
+    up are assumed, as in the paper.
+
+    Args:
+        config: of somebody's `UNet2DConditionModel`.
+        teachers: U-Net configs by name.
+
+    Raises:
+        ValueError: the config is no Stable-Diffusion-shaped U-Net's.
+    """
+    _check_unet(config)
+    found = [_recognise(config, name, teacher) for name, teacher in teachers.items()]
+    return min(found, key=lambda r: (len(r.differences), r.plan is None))
+
+
+def _recognise(config: Mapping, name: str, teacher: Mapping) -> Recognition:
+    candidates = [identity_plan(teacher), *variants_of(teacher).values()]
+    try:
+        candidates.append(_plan_by_counts(config, teacher))
+    except ValueError as error:
+        candidates.append(None)
+        unreadable = (str(error),)
+    results = [Recognition(name, p, _differences(config, student_config(teacher, p))) for p in candidates if p]
+    best = min(results, key=lambda r: len(r.differences))
+    if best.differences and candidates[-1] is None:
+        return Recognition(name, None, (*unreadable, *best.differences))
+    return best
+
+
+def _plan_by_counts(config: Mapping, teacher: Mapping) -> RemovalPlan:
+    layers, depths = layers_per_stage(config), attention_depths(config)
+    whole, own = layers_per_stage(teacher), attention_depths(teacher)
+    stages = tuple(
+        Stage(tuple(range(n)), (*range(n), total), depth if depth != before else None)
+        for n, total, depth, before in zip(layers, whole, depths, own, strict=False)
+    )
+    plan = RemovalPlan("an unnamed plan", stages, _normal(config)["mid_block_type"] is not None)
+    plan.check(teacher)
+    return plan
+
+
+def _differences(config: Mapping, expected: Mapping) -> tuple[str, ...]:
+    ours, theirs = _normal(expected), _normal(config)
+    return tuple(f"{key} is {theirs[key]!r}, the plan gives {ours[key]!r}" for key in ours if ours[key] != theirs[key])
+
+
+def _normal(config: Mapping) -> dict:
+    """A config with diffusers' defaults filled in and one spelling for everything that builds the same network."""
+    signature = inspect.signature(UNet2DConditionModel.__init__).parameters
+    normal = {name: config.get(name, p.default) for name, p in signature.items() if name not in ("self", "sample_size")}
+    normal = {key: False if value is None and key != "mid_block_type" else value for key, value in normal.items()}
+    stages = len(config["block_out_channels"])
+    for key in PER_STAGE:
+        value = normal[key]
+        normal[key] = list(value) if isinstance(value, (list, tuple)) else [value] * stages
+    depths = [{*d} if isinstance(d, (list, tuple)) else {d} for d in normal["transformer_layers_per_block"]]
+    used = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    used[-1] |= normal["mid_block_type"] is not None  # the mid block is as deep as the innermost stage
+    normal["transformer_layers_per_block"] = [sorted(d) if u else [] for d, u in zip(depths, used, strict=True)]
+    return normal
