@@ -55,7 +55,7 @@ class Costs:
     @property
     def by_block(self) -> dict[str, ModuleCosts]:
         """The part of `by_module` that adds up to the whole: stages ("down_blocks.0" …), mid block, ends."""
-        return {name: costs for name, costs in self.by_module.items() if name == block_of(name) and costs.params}
+        return {name: costs for name, costs in self.by_module.items() if _is_block(name) and costs.params}
 
 
 def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> dict:
@@ -161,6 +161,10 @@ def block_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
 
 
+def _is_block(name: str) -> bool:
+    return name == block_of(name) and name not in ("", "down_blocks", "up_blocks")
+
+
 def _counter(macs: Counter, names: Sequence[str]):
     def hook(module: nn.Module, _, output: torch.Tensor) -> None:
         if isinstance(module, nn.Conv2d):
@@ -242,7 +246,7 @@ def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int
         return time.perf_counter()
 
     for name, module in unet.named_modules():
-        if name and name == block_of(name):
+        if _is_block(name):
             handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
             handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
     inputs = _real_inputs(unet, batch_size, None)

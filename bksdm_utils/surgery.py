@@ -377,7 +377,8 @@ def build_student(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = UNet2DConditionModel.from_config(config)
-    student = student.to(teacher_unet.device, memory_format=torch.channels_last).to(dtype=teacher_unet.dtype)
+    student = student.to(teacher_unet.device, memory_format=torch.channels_last)
+    student = student if student.dtype == teacher_unet.dtype else student.to(teacher_unet.dtype)
     if copy:
         copy_weights(teacher_unet, student, plan)
     return student

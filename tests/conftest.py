@@ -7,16 +7,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bksdm_utils import storybook
-from bksdm_utils.presets import SD_V1_UNET
+from bksdm_utils.presets import PRESETS, teacher_config
 from bksdm_utils.storybook_training import SCHEDULE, new_tokenizer
 
-NARROW = SD_V1_UNET | {
+SD_V1, SD_V2, SDXL = (teacher_config(PRESETS[name]) for name in ("sd-v1.4", "sd-v2.1", "sdxl-base"))
+NARROW = SD_V1 | {
     "sample_size": 8, "block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "attention_head_dim": 2,
     "norm_num_groups": 4,
+}  # fmt: skip
+NARROW_XL = SDXL | {
+    "sample_size": 8, "block_out_channels": [8, 16, 32], "cross_attention_dim": 32, "attention_head_dim": [1, 2, 4],
+    "norm_num_groups": 4, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8,
 }  # fmt: skip
 
 
@@ -27,25 +39,52 @@ def teacher() -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(NARROW).eval()
 
 
-@pytest.fixture(scope="session")
-def pipeline_dir(tmp_path_factory):
-    """A whole narrow Stable Diffusion, VAE factor 8 as in SD-v1, saved in diffusers format."""
+@pytest.fixture
+def teacher_xl() -> UNet2DConditionModel:
+    """A narrow SDXL-shaped U-Net with random weights: three stages, attentions of depth 2 and 10."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel.from_config(NARROW_XL).eval()
+
+
+def narrow_parts():
+    """VAE (factor 8 as in SD-v1), tokenizer and the config of a text encoder, all narrow."""
     torch.manual_seed(1)
     tokenizer = new_tokenizer([storybook.sample_scene(i).caption for i in range(50)])
     text = CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=len(tokenizer),
         max_position_embeddings=20, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=16,
     )  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[4, 8, 8, 8], layers_per_block=1, norm_num_groups=4, latent_channels=4,
     )  # fmt: skip
+    return vae, tokenizer, text
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(tmp_path_factory):
+    """A whole narrow Stable Diffusion, saved in diffusers format."""
+    vae, tokenizer, text = narrow_parts()
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=UNet2DConditionModel.from_config(NARROW),
         scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("teacher")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_xl_dir(tmp_path_factory):
+    """A whole narrow SDXL, two text encoders and all, saved in diffusers format."""
+    vae, tokenizer, text = narrow_parts()
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=UNet2DConditionModel.from_config(NARROW_XL),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("teacher_xl")
     pipeline.save_pretrained(folder)
     return folder

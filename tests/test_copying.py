@@ -1,8 +1,8 @@
 import pytest
 import torch
+from conftest import SD_V1, SD_V2, SDXL
 
 from bksdm_utils import copying, surgery
-from bksdm_utils.presets import SD_V1_UNET
 
 EXAMPLES = {
     "bk_base": {"up_blocks.1.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
@@ -11,29 +11,37 @@ EXAMPLES = {
     "bk_tiny": {"up_blocks.0.resnets.1.conv1.weight": "up_blocks.1.resnets.2.conv1.weight",
                 "up_blocks.1.upsamplers.0.conv.weight": "up_blocks.2.upsamplers.0.conv.weight",
                 "down_blocks.1.downsamplers.0.conv.weight": "down_blocks.1.downsamplers.0.conv.weight"},
+    "koala_700m": {"up_blocks.0.attentions.1.transformer_blocks.4.attn1.to_q.weight":
+                   "up_blocks.0.attentions.2.transformer_blocks.4.attn1.to_q.weight"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", surgery.VARIANTS)
-def test_every_student_tensor_of_sd_v1_has_a_source_of_its_shape(variant):
-    teacher = surgery.empty_unet(SD_V1_UNET).state_dict()
-    student = surgery.empty_unet(surgery.student_config(SD_V1_UNET, variant)).state_dict()
-    names = copying.weight_map(SD_V1_UNET, variant)
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [(config, variant) for config in (SD_V1, SD_V2, SDXL) for variant in surgery.variants_of(config)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_student_tensor_has_a_source_of_its_shape(config, variant):
+    teacher = surgery.empty_unet(config).state_dict()
+    student = surgery.empty_unet(surgery.student_config(config, variant)).state_dict()
+    names = copying.weight_map(config, variant)
     assert set(names) == set(student)
     assert all(student[name].shape == teacher[source].shape for name, source in names.items())
     assert len(set(names.values())) == len(names)
     report = copying.copy_report(names, teacher)
     assert len(report.kept) + len(report.moved) == len(student) and not report.random
     assert len(report.removed) == len(teacher) - len(student)
+    rows = report.rows(names)
+    assert len(rows) == len(teacher) and sorted(row[1] for row in rows) == sorted(teacher)
 
 
 @pytest.mark.parametrize("variant", EXAMPLES)
 def test_sources_are_those_of_the_paper(variant):
-    names = copying.weight_map(SD_V1_UNET, variant)
+    names = copying.weight_map(SDXL if variant in surgery.SDXL_VARIANTS else SD_V1, variant)
     assert {name: names[name] for name in EXAMPLES[variant]} == EXAMPLES[variant]
 
 
-@pytest.mark.parametrize("variant", surgery.VARIANTS)
+@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
 def test_copied_weights_are_bit_equal(variant, teacher):
     student = surgery.build_student(teacher, variant)
     source = teacher.state_dict()

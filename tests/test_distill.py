@@ -1,22 +1,24 @@
 import pytest
 import torch
+from conftest import SD_V1, SDXL
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from bksdm_utils import costs, distill, surgery
-from bksdm_utils.data import LatentDataset
+from bksdm_utils.data import LatentDataset, token_ids
 from bksdm_utils.distill import Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
 from bksdm_utils.engine import Draw
-from bksdm_utils.presets import SD_V1_UNET
+from bksdm_utils.sampling import load_pipeline
 
 
 def test_taps_of_base_and_small_are_the_papers():
     names = [f"{side}_blocks.{i}" for side in ("down", "up") for i in range(4)]
     for variant in ("bk_base", "bk_small"):
-        assert tap_pairs(variant, SD_V1_UNET) == [(name, name) for name in names]
+        assert tap_pairs(variant, SD_V1) == [(name, name) for name in names]
 
 
 def test_taps_of_tiny_are_the_papers():
-    assert tap_pairs("bk_tiny", SD_V1_UNET) == [
+    assert tap_pairs("bk_tiny", SD_V1) == [
         ("down_blocks.0", "down_blocks.0"),
         ("down_blocks.1", "down_blocks.1"),
         ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),
@@ -26,8 +28,78 @@ def test_taps_of_tiny_are_the_papers():
     ]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def test_taps_of_koala_are_self_attentions_of_the_first_blocks():
+    pairs = tap_pairs("koala_700m", SDXL, kd="self_attention")
+    assert pairs[0] == ("down_blocks.0", "down_blocks.0") and pairs[-1] == ("up_blocks.2", "up_blocks.2")
+    inner = [(f"down_blocks.2.attentions.0.transformer_blocks.{k}.attn1",) * 2 for k in range(5)]
+    assert pairs[3:8] == inner
+    source, target = pairs[8 + 5]  # the second attention of the first up stage was the teacher's third
+    assert target == "up_blocks.0.attentions.1.transformer_blocks.0.attn1"
+    assert source == "up_blocks.0.attentions.2.transformer_blocks.0.attn1"
+    assert len(pairs) == 1 + 2 + 5 + 10 + 4 + 1
+    with pytest.raises(ValueError, match="expected one of block, self_attention"):
+        tap_pairs("koala_1b", SDXL, kd="attention")
+
+
+@pytest.mark.parametrize("kd", distill.KD_KINDS)
 @pytest.mark.parametrize("variant", surgery.VARIANTS)
+def test_tapped_modules_exist_and_agree_in_shape(variant, kd, teacher, teacher_xl):
+    network = teacher_xl if variant in surgery.SDXL_VARIANTS else teacher
+    student, pairs = surgery.build_student(network, variant), tap_pairs(variant, network.config, kd)
+    inputs = costs.unet_inputs(network.config, device="cpu")
+    of_teacher = distill.tap_features(network, [t for t, _ in pairs], **inputs)
+    of_student = distill.tap_features(student, [s for _, s in pairs], **inputs)
+    assert [f.shape for f in of_teacher] == [f.shape for f in of_student]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kd", distill.KD_KINDS)
+def test_an_sdxl_student_takes_a_distillation_step(kd, checkpointing, pipeline_xl_dir):
+    pipe = load_pipeline(pipeline_xl_dir)
+    student = surgery.build_student(pipe.unet, "koala_700m").train()
+    if checkpointing:
+        student.enable_gradient_checkpointing()
+    tokens = token_ids(pipe, ["a cat", "a tree at night", "a red boat"])
+    assert tokens.shape == (3, 2, 20)
+    data = LatentDataset(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, ["x"] * 3, [])
+    pairs, condition = tap_pairs("koala_700m", pipe.unet.config, kd), distill.TextCondition(pipe)
+    kd_step = Distillation(pipe.unet, student, condition, DDPMScheduler(), data, pairs, LossWeights())
+    losses = kd_step.losses(student, Draw(0, 0, range(3), 3, 3))
+    assert sum(name.startswith("feature/") for name in losses) == len(pairs)
+    losses["loss"].backward()
+    for _, name in pairs:
+        grads = [p.grad for p in student.get_submodule(name).parameters()]
+        assert any(g is not None and g.abs().sum() > 0 for g in grads), name
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+def test_sdxl_is_told_what_its_pipeline_would_tell_it(pipeline_xl_dir):
+    pipe = load_pipeline(pipeline_xl_dir)
+    told = distill.TextCondition(pipe)(token_ids(pipe, ["a cat", "a big red boat"]))
+    hidden_states, _, pooled, _ = pipe.encode_prompt(["a cat", "a big red boat"], do_classifier_free_guidance=False)
+    assert torch.equal(told["encoder_hidden_states"], hidden_states)
+    assert torch.equal(told["added_cond_kwargs"]["text_embeds"], pooled)
+    ids = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, text_encoder_projection_dim=16)
+    assert torch.equal(told["added_cond_kwargs"]["time_ids"], ids.repeat(2, 1))
+
+
+def test_the_distance_of_predictions_is_the_output_loss(pipeline_dir):
+    pipe = load_pipeline(pipeline_dir)
+    pictures = [Image.new("RGB", (70, 64), colour) for colour in ("red", "blue")]
+    probes = distill.probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
+    assert [p["timestep"].tolist() for p in probes] == [[10, 10], [900, 900]]
+    again = distill.probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
+    assert all(torch.equal(a["sample"], b["sample"]) for a, b in zip(probes, again, strict=True))
+    student = surgery.build_student(pipe.unet, "bk_tiny")
+    with torch.no_grad():
+        by_hand = [((student(**p).sample - pipe.unet(**p).sample) ** 2).mean().item() for p in probes]
+    found = distill.prediction_distance(pipe.unet, student, probes)
+    assert found == pytest.approx(sum(by_hand) / 2, rel=1e-5) and found > 0
+    assert distill.prediction_distance(pipe.unet, pipe.unet, probes) == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
 def test_gradient_reaches_every_tap(variant, checkpointing, teacher):
     student = surgery.build_student(teacher, variant).train()
     if checkpointing:
@@ -60,14 +132,14 @@ def test_checkpointing_does_not_change_losses_or_gradients(teacher):
 
 def test_activations_are_released_when_taken(teacher):
     taps, inputs = Taps(teacher, ["down_blocks.0"]), costs.unet_inputs(teacher.config, device="cpu")
-    teacher(*inputs)
+    teacher(**inputs)
     assert taps._outputs is None
     taps.listen()
-    teacher(*inputs)
+    teacher(**inputs)
     assert len(taps.take()) == 1 and taps._outputs is None
     taps.close()
     taps.listen()
-    teacher(*inputs)
+    teacher(**inputs)
     assert taps._outputs == {}
 
 
@@ -131,13 +203,12 @@ def test_negative_weights_are_refused():
 def distillation(teacher, student, plan, weights=None):
     torch.manual_seed(2)
     embedding = torch.nn.Embedding(50, 16)
-    text_encoder = torch.nn.Sequential(embedding)
-    text_encoder.forward = lambda ids: (embedding(ids),)
+    condition = lambda ids: {"encoder_hidden_states": embedding(ids).detach()}  # noqa: E731
     data = LatentDataset(
         torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), torch.randint(50, (6, 20)), ["x"] * 6, []
     )
     pairs = tap_pairs(plan, teacher.config)
-    return Distillation(teacher, student, text_encoder, DDPMScheduler(), data, pairs, weights or LossWeights())
+    return Distillation(teacher, student, condition, DDPMScheduler(), data, pairs, weights or LossWeights())
 
 
 def draw():
@@ -146,6 +217,6 @@ def draw():
 
 def test_tap_features_leave_no_hooks(teacher):
     inputs = costs.unet_inputs(teacher.config, device="cpu")
-    features = distill.tap_features(teacher, ["mid_block"], *inputs)
+    features = distill.tap_features(teacher, ["mid_block"], **inputs)
     assert features[0].shape == (1, 32, 1, 1)
     assert not teacher.mid_block._forward_hooks

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -5,10 +7,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import NARROW
+from conftest import NARROW, NARROW_XL
 from PIL import Image
 
-from bksdm_utils import show, surgery
+from bksdm_utils import show
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +23,77 @@ def ghosts(axis):
     return sum(patch.get_linestyle() not in ("-", "solid") for patch in axis.patches)
 
 
-# Base: a resnet in each of four stages on both sides, an attention in three of them. Small: the mid block too. Tiny:
-# the innermost stage's remaining resnets, one down and two up, and the sampler of each side.
-@pytest.mark.parametrize(("variant", "removed"), [("bk_base", 14), ("bk_small", 15), ("bk_tiny", 20)])
-def test_removed_blocks_are_ghosted(variant, removed):
-    teacher, student = show.architecture(NARROW, variant).axes
+# Base: a resnet in each of four stages on both sides, an attention in three of them. Small: the mid block's two resnets
+# and attention too. Tiny: the innermost stage's remaining resnets, one down and two up, and the sampler of each side.
+# KOALA-700M: SDXL's thinned pairs hold 3 resnets a side and 2 + 10 transformer blocks; the mid block 12 boxes; five of
+# ten blocks go in the three attentions left in stage 2.
+@pytest.mark.parametrize(
+    ("config", "variant", "removed"),
+    [(NARROW, "bk_base", 14), (NARROW, "bk_small", 17), (NARROW, "bk_tiny", 22), (NARROW_XL, "koala_700m", 57)],
+)
+def test_removed_blocks_are_ghosted(config, variant, removed):
+    teacher, student = show.architecture(config, variant).axes
     assert len(teacher.patches) == len(student.patches)
     assert (ghosts(teacher), ghosts(student)) == (0, removed)
+
+
+def test_skip_connections_are_those_that_stay():
+    teacher, student = show.architecture(NARROW, "bk_tiny").axes
+    assert (len(teacher.lines), len(student.lines)) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(8_685_156, "8.69 M"), (859_520_964, "860 M"), (338_749_194_240, "339 G"),
+                         (2_989_918_781_440, "2,990 G")],
+)  # fmt: skip
+def test_counts_are_short(number, text):
+    assert show.short(number) == text
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    points = [(1.0, 0.9), (0.5, 0.8), (0.6, 0.7), (0.5, 0.1), (0.2, 0.3), (0.9, 0.9)]
+    assert show.pareto_front(points) == [(0.2, 0.3), (0.5, 0.8), (0.9, 0.9)]
+
+
+def test_tradeoff_and_bars_draw_every_point():
+    groups = {"teacher": {"t": {"score": 1.0, "MACs": 1.0, "latency": 1.0}},
+              "plans": {"a": {"score": 0.5, "MACs": 0.6, "latency": 0.7}}}  # fmt: skip
+    figure = show.tradeoff(groups, "score", named=("plans",))
+    assert [axis.get_xlabel().split(",")[0] for axis in figure.axes] == ["MACs", "latency"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a"]
+    table = {"mid": {"harm": 1e-6, "saved": 0.1}, "outer": {"harm": 1.0, "saved": 0.2}}
+    first, second = show.bars(table, percent=("saved",), log=("harm",)).axes
+    assert first.get_xscale() == "log" and [bar.get_width() for bar in second.patches] == [0.1, 0.2]
+
+
+def test_widgets_draw_again_or_say_why_not():
+    drawn = []
+
+    def draw(plan):
+        drawn.append(plan)
+        return show.curves({"y": {"line": [(0, 1), (1, 2)]}})
+
+    with widgets_shown() as shown:
+        show.plan_toggles(NARROW, draw)
+    controls, picture = shown[0].children
+    assert len(picture.children) == 2 and drawn[-1].mid
+    mid = next(box for box in controls.children if box.description == "mid block")
+    before = picture.children[0].value
+    mid.value = False
+    assert not drawn[-1].mid and picture.children[0].value != before
+    with widgets_shown() as shown:
+        show.plan_toggles(NARROW | {"block_out_channels": [8, 16, 32, 64]})
+    controls, picture = shown[0].children
+    controls.children[-1].value = False
+    assert "would not fit" in picture.children[0].value
+
+
+@contextmanager
+def widgets_shown():
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("IPython.display.display", shown.append)
+        yield shown
 
 
 def test_a_grid_has_a_row_for_each_name_and_keeps_gaps_empty():
@@ -45,6 +111,8 @@ def test_smoothing_is_a_trailing_mean():
 def test_a_feature_map_is_the_strength_over_channels():
     activation = torch.tensor([[[3.0]], [[4.0]]])
     assert show.feature_map(activation).item() == pytest.approx((12.5) ** 0.5)
+    tokens = torch.arange(4.0)[:, None].expand(4, 3)  # self-attention: four places, three channels
+    assert show.feature_map(tokens).tolist() == [[0, 1], [2, 3]]
 
 
 def test_curves_without_a_judge_have_no_empty_panel():
@@ -59,8 +127,3 @@ def test_a_finished_run_that_is_resumed_can_still_draw_its_curves():
     live = show.Live(max_train_steps=1, goal=0.5)
     row = {"step": 1, "loss_task": 1.0, "loss_output": 1.0, "loss_feature": 1.0}
     assert live.draw([row], [{"step": 1, "clip_score": 0.2}]).axes
-
-
-def test_the_figure_behind_the_toggles_takes_any_plan():
-    plan = surgery.free_plan(NARROW, thin=[0, 1], mid=False, stages=3)
-    assert "own plan" in show.plan_figure(NARROW, plan).axes[1].get_title()

@@ -1,30 +1,15 @@
+import json
+
 import pytest
-from conftest import NARROW
+import torch
+from conftest import NARROW, NARROW_XL, SD_V1, SD_V2, SDXL
 from diffusers import UNet2DConditionModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from bksdm_utils import costs, surgery
-from bksdm_utils.presets import SD_V1_UNET
+from bksdm_utils import copying, costs, surgery
+from bksdm_utils.presets import PRESETS, model_config, teacher_config
 from bksdm_utils.surgery import RemovalPlan, Stage, plan_of
-
-# Parameters, MACs (the paper's convention), MACs with attention: exact, of Stable Diffusion v1 at 512 pixels.
-PUBLISHED = {
-    "teacher": (859_520_964, 338_749_194_240, 401_636_720_640),
-    "bk_base": (579_384_964, 223_755_632_640, 261_496_995_840),
-    "bk_small": (482_346_884, 217_727_959_040, 255_447_203_840),
-    "bk_tiny": (323_384_964, 205_035_274_240, 242_754_519_040),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_sd_v1_costs_are_exact(name):
-    config = SD_V1_UNET if name == "teacher" else surgery.student_config(SD_V1_UNET, name)
-    counted = costs.count(config)
-    assert (counted.params, counted.macs, counted.macs_with_attention) == PUBLISHED[name]
-
-
-def test_only_the_mid_block_removed():
-    plan = surgery.free_plan(SD_V1_UNET, mid=False)
-    assert costs.count(surgery.student_config(SD_V1_UNET, plan)).params == 762_482_884
 
 
 def test_the_plan_that_removes_nothing_gives_the_teacher():
@@ -32,12 +17,12 @@ def test_the_plan_that_removes_nothing_gives_the_teacher():
     assert costs.count(surgery.student_config(NARROW, plan)) == costs.count(NARROW)
 
 
-@pytest.mark.parametrize("variant", surgery.VARIANTS)
+@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
 def test_a_student_is_a_plain_diffusers_model(variant, teacher, tmp_path):
     surgery.build_student(teacher, variant).save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
     inputs = costs.unet_inputs(loaded.config, device="cpu")
-    assert loaded(*inputs).sample.shape == inputs[0].shape
+    assert loaded(**inputs).sample.shape == inputs["sample"].shape
 
 
 def test_random_students_follow_their_seed(teacher):
@@ -54,10 +39,11 @@ def test_random_students_follow_their_seed(teacher):
         (plan_of("x", stages=2), "would not fit"),
         (plan_of("x", down=(0, 1)), "2 pairs down need 3 up"),
         (plan_of("x", down=(1,)), "pair 0 of down must stay"),
-        (plan_of("x", up=(0, 1)), "pairs 0 and 2 of up must stay"),
+        (plan_of("x", up=(0, 1)), "pair 1 of up cannot stand in place 1"),
         (plan_of("x", up=(2, 0)), "rising numbers"),
         (plan_of("x", down=(5,)), "rising numbers among 0 … 1"),
-        (RemovalPlan("x", (Stage((), (0,)),) * 4), "pair 0 of down must stay"),
+        (RemovalPlan("x", (Stage((), (0,)),) * 4), "keeps no pair"),
+        (plan_of("x", depths=(None, None, 2, None)), "depth 2 must be 1 … 1"),
         ("bk_bse", "expected one of bk_base, bk_small, bk_tiny"),
     ],
 )
@@ -69,3 +55,241 @@ def test_a_plan_that_does_not_fit_says_why(plan, said):
 def test_a_config_that_is_no_unet_is_refused():
     with pytest.raises(ValueError, match="lacks down_block_types"):
         surgery.student_config({"block_out_channels": [1]}, "bk_base")
+
+
+def test_blocks_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="SimpleCrossAttnDownBlock2D cannot be cut"):
+        surgery.student_config(NARROW | {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "bk_base")
+
+
+def test_a_mid_block_that_is_not_there_or_would_change_cannot_stay():
+    headless = NARROW | {"mid_block_type": None}
+    with pytest.raises(ValueError, match="the teacher has none"):
+        surgery.student_config(headless, "bk_base")
+    assert surgery.student_config(headless, "bk_small")["mid_block_type"] is None
+    heads = NARROW | {"attention_head_dim": [1, 2, 4, 8]}
+    with pytest.raises(ValueError, match="would compute something else"):
+        surgery.student_config(heads, plan_of("x", stages=3))
+
+
+# --- any plan ---------------------------------------------------------------------------------------------------------
+
+STORYBOOK = teacher_config(PRESETS["storybook"])
+
+
+@st.composite
+def plans(draw, config):
+    """Any valid plan, built from what may stand where, by rules of its own."""
+    widths, total = config["block_out_channels"], len(config["block_out_channels"])
+    kept = draw(st.sampled_from([n for n in range(1, total + 1) if n == total or widths[n - 1] == widths[n]]))
+    stages = []
+    for s in range(kept):
+        before, below = widths[max(s - 1, 0)], widths[min(s + 1, total - 1)]
+        two = draw(st.booleans())
+        down = (0, 1) if two else draw(st.sampled_from([(0,), (1,)] if before == widths[s] else [(0,)]))
+        ups = {(0, 2)}
+        if before == widths[s]:
+            ups.add((0, 1))
+        if below == widths[s]:
+            ups.add((1, 2))
+        stages.append(Stage(down, (0, 1, 2) if two else draw(st.sampled_from(sorted(ups)))))
+    return RemovalPlan("any", tuple(stages), mid=draw(st.booleans()))
+
+
+@st.composite
+def broken_plans(draw, config):
+    """A valid plan with one thing made wrong, and a word of the error it must raise."""
+    plan = draw(plans(config))
+    number = draw(st.integers(0, len(plan.stages) - 1))
+    stage = plan.stages[number]
+    change, said = draw(st.sampled_from([
+        (Stage(stage.down, stage.up[:-1]), "every skip connection needs both"),
+        (Stage(stage.down, (*stage.up, 2) if len(stage.up) == 2 else (0, 2)), "need|rising"),
+        (Stage((*stage.down, 7), (*stage.up, 8)), "rising numbers"),
+        (Stage(stage.down[::-1] if len(stage.down) > 1 else (-1,), stage.up), "rising numbers"),
+        (Stage((), stage.up[:1]), "keeps no pair"),
+        (Stage(stage.down, stage.up, depth=0), "must be 1"),
+        (Stage(stage.down, stage.up, depth=2), "must be 1"),
+        (None, "stages, the teacher"),
+    ]))  # fmt: skip
+    stages = list(plan.stages)
+    stages[number : number + 1] = [stage] * 5 if change is None else [change]
+    return RemovalPlan("broken", tuple(stages), plan.mid), said
+
+
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+           "derandomize": True}  # fmt: skip
+
+
+def holds(plan, config, teacher, folder):
+    names = copying.weight_map(config, plan)
+    shapes = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
+    student = surgery.build_student(teacher, plan)
+    assert set(names) == set(student.state_dict())
+    assert all(tensor.shape == shapes[names[name]] for name, tensor in student.state_dict().items())
+    student.save_pretrained(folder)
+    loaded = UNet2DConditionModel.from_pretrained(folder).eval()
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), loaded.parameters(), strict=True))
+    inputs = costs.unet_inputs(config, device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**inputs).sample, student.eval()(**inputs).sample, atol=1e-4)
+    assert RemovalPlan.from_json(plan.to_json()) == plan
+
+
+@settings(max_examples=100, **PATIENT)
+@given(plan=plans(NARROW))
+def test_any_valid_plan_gives_a_plain_model_with_a_total_map(plan, tmp_path_factory, narrow_teacher):
+    holds(plan, NARROW, narrow_teacher, tmp_path_factory.mktemp("student"))
+
+
+@settings(max_examples=100, **PATIENT)
+@given(plan=plans(STORYBOOK))
+def test_any_valid_plan_fits_the_storybook(plan, tmp_path_factory, storybook_teacher):
+    holds(plan, STORYBOOK, storybook_teacher, tmp_path_factory.mktemp("student"))
+
+
+@settings(max_examples=60, **PATIENT)
+@given(plan=plans(SD_V1))
+def test_any_valid_plan_fits_sd_v1_in_full_size(plan):
+    names, teacher = copying.weight_map(SD_V1, plan), surgery.empty_unet(SD_V1).state_dict()
+    student = surgery.empty_unet(surgery.student_config(SD_V1, plan)).state_dict()
+    assert set(names) == set(student)
+    assert all(tensor.shape == teacher[names[name]].shape for name, tensor in student.items())
+
+
+@settings(max_examples=200, **PATIENT)
+@given(broken=st.one_of(broken_plans(STORYBOOK), broken_plans(SD_V1)))
+def test_any_invalid_plan_is_refused_with_its_rule(broken, monkeypatch):
+    monkeypatch.setattr(UNet2DConditionModel, "from_config", lambda *_: pytest.fail("memory was taken"))
+    plan, said = broken
+    for config in (STORYBOOK, SD_V1):
+        with pytest.raises(ValueError, match=said):
+            surgery.student_config(config, plan)
+
+
+@pytest.fixture(scope="module")
+def narrow_teacher():
+    torch.manual_seed(1)
+    return UNet2DConditionModel.from_config(NARROW).eval()
+
+
+@pytest.fixture(scope="module")
+def storybook_teacher():
+    return UNet2DConditionModel.from_pretrained(f"{PRESETS['storybook'].configs}/unet").eval()
+
+
+def test_removals_are_all_valid_one_unit_smaller_and_different():
+    whole = surgery.identity_plan(SD_V1)
+    found = surgery.removals(SD_V1, whole)
+    assert {"mid block", "innermost stage", "stage 1: down 1, up 1", "stage 3: down 0, up 0"} <= set(found)
+    assert "stage 1: down 0, up 1" not in found  # pair 0 of stage 1 widens
+    assert len({plan.stages + (plan.mid,) for plan in found.values()}) == len(found) == 15
+    params = {unit: costs.count(surgery.student_config(SD_V1, plan)).params for unit, plan in found.items()}
+    assert all(count < 859_520_964 for count in params.values()) and params["mid block"] == 762_482_884
+    assert "stage 2: depth 10 to 9" in surgery.removals(SDXL, surgery.identity_plan(SDXL))
+
+
+# --- plans as text ----------------------------------------------------------------------------------------------------
+
+
+def test_a_description_says_what_stays():
+    text = surgery.VARIANTS["koala_700m"].describe(SDXL)
+    assert "stages 0 to 1: keep pair 0 of 2 down, pairs 0, 2 of 3 up" in text
+    assert "the first 5 transformer blocks" in text and "mid block: removed" in text
+    assert "removed: the innermost 1" in surgery.VARIANTS["bk_tiny"].describe(SD_V1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "expected an object"),
+        ('{"name": "x"}', "look at stages"),
+        ('{"name": "x", "stages": [], "colour": 1}', "look at colour"),
+        ('{"name": 3, "stages": []}', "name is 3, expected str"),
+        ('{"name": "x", "stages": [{"down": [0]}]}', "stage 0 of plan 'x': look at up"),
+        ('{"name": "x", "stages": [{"down": ["0"], "up": [0, 2]}]}', "whole numbers"),
+        ('{"name": "x", "stages": [{"down": [0], "up": [0, 2], "depth": true}]}', "depth is True"),
+        ('{"name": "x", "stages": [], "mid": "yes"}', "mid is 'yes'"),
+    ],
+)
+def test_a_malformed_plan_says_where(text, said):
+    with pytest.raises(ValueError, match=said):
+        RemovalPlan.from_json(text)
+
+
+def test_plans_are_found_by_name_alias_and_file(tmp_path):
+    assert surgery.find_plan("sd_tiny") is surgery.VARIANTS["bk_tiny"]
+    (tmp_path / "mine.json").write_text(plan_of("mine", mid=False).to_json())
+    assert surgery.find_plan(str(tmp_path / "mine.json")) == plan_of("mine", mid=False)
+    with pytest.raises(ValueError, match="missing: write a plan there"):
+        surgery.find_plan("nowhere.json")
+    with pytest.raises(ValueError, match="sd_small .the same as bk_base."):
+        surgery.find_plan("sd_huge")
+
+
+# --- the family -------------------------------------------------------------------------------------------------------
+
+TEACHERS = {"sd-v1.4": SD_V1, "sd-v2.1": SD_V2, "sdxl-base": SDXL}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_named_student_is_recognised(name):
+    for variant, plan in surgery.variants_of(TEACHERS[name]).items():
+        config = surgery.student_config(TEACHERS[name], plan) | {"_diffusers_version": "0.1", "sample_size": 7}
+        found = surgery.recognise(json.loads(json.dumps(config)), TEACHERS)
+        assert (found.teacher, found.plan.name, found.differences) == (name, variant, ())
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [("bk-sdm-tiny", "bk_tiny of sd-v1.4"), ("bk-sdm-v2-small-768", "bk_small of sd-v2.1")],
+)
+def test_configs_that_come_with_the_original_are_recognised(folder, expected):
+    assert str(surgery.recognise(model_config(f"data/configs/students/{folder}"), TEACHERS)) == expected
+
+
+def test_what_differs_is_named():
+    koala = surgery.student_config(SDXL, "koala_1b")
+    spelt = koala | {"transformer_layers_per_block": [[0], [2], [6]], "attention_head_dim": (5, 10, 20)}
+    assert str(surgery.recognise(spelt, TEACHERS)) == "koala_1b of sdxl-base"
+    assert "cross_attention_dim" in str(surgery.recognise(koala | {"cross_attention_dim": 99}, TEACHERS))
+    uneven = koala | {"transformer_layers_per_block": [1, [2, 3], [4, 4]]}  # as in SSD-1B
+    assert "differ in depth" in str(surgery.recognise(uneven, TEACHERS))
+    unnamed = surgery.recognise(surgery.student_config(SD_V1, surgery.free_plan(SD_V1, thin=[2])), TEACHERS)
+    assert unnamed.differences == () and [len(s.down) for s in unnamed.plan.stages] == [2, 2, 1, 2]
+    assert surgery.recognise(SD_V1, TEACHERS).plan.name == "teacher"
+    with pytest.raises(ValueError, match="not a Stable-Diffusion-shaped"):
+        surgery.recognise({"architectures": ["Other"]}, TEACHERS)
+
+
+@pytest.mark.parametrize("variant", surgery.SDXL_VARIANTS)
+def test_sdxl_students_run_and_round_trip(variant, teacher_xl, tmp_path):
+    holds(surgery.VARIANTS[variant], NARROW_XL, teacher_xl, tmp_path)
+    depths = [len(a.transformer_blocks) for a in surgery.build_student(teacher_xl, variant).down_blocks[2].attentions]
+    assert depths == [{"koala_1b": 6, "koala_700m": 5}.get(variant, 10)]
+
+
+def test_variants_are_those_of_the_family():
+    assert list(surgery.variants_of(SD_V2)) == list(surgery.SD_VARIANTS)
+    assert list(surgery.variants_of(SDXL)) == list(surgery.SDXL_VARIANTS)
+
+
+def test_every_preset_has_committed_configs_and_a_variant_that_fits():
+    for preset in PRESETS.values():
+        config = teacher_config(preset)
+        assert surgery.fits(surgery.find_plan(preset.variant), config)
+        assert preset.resolution == config["sample_size"] * 2 ** (
+            len(teacher_config(preset, "vae")["block_out_channels"]) - 1
+        )
+    assert teacher_config(PRESETS["sd-v2.1"], "scheduler")["prediction_type"] == "v_prediction"
+    assert teacher_config(PRESETS["sd-v2.1"])["upcast_attention"] is True
+
+
+def test_the_config_of_another_teacher_is_its_own(pipeline_dir):
+    preset = PRESETS["sd-v1.4"].with_parameters(teacher=str(pipeline_dir))
+    assert teacher_config(preset)["block_out_channels"] == NARROW["block_out_channels"]
+    with pytest.raises(ValueError, match="has no text_encoder_2/config.json"):
+        teacher_config(preset, "text_encoder_2")
+    with pytest.raises(ValueError, match="cannot be had"):
+        model_config("nobody/no-such-model")
