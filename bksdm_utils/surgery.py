@@ -62,8 +62,9 @@ class RemovalPlan:
             numbers = [number for number, _ in group]
             where = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
             lines.append(f"  {where}: keep {_kept(stage, teacher_config, numbers[0])}")
-        if teacher_config is not None and len(self.stages) < len(teacher_config["block_out_channels"]):
-            lines.append(f"  removed: the innermost {len(teacher_config['block_out_channels']) - len(self.stages)}")
+        gone = 0 if teacher_config is None else len(teacher_config["block_out_channels"]) - len(self.stages)
+        if gone:
+            lines.append(f"  innermost stages removed: {gone}")
         return "\n".join([self.name, *lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
 
     def to_json(self) -> str:

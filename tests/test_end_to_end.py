@@ -1,4 +1,4 @@
-"""Notebook 03 on a person's own teacher and pictures, as papermill runs it."""
+"""Notebooks 01 to 03 on a person's own teacher, plan and pictures, as papermill runs them."""
 
 import json
 
@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from bksdm_utils.run import find_notebook
+from bksdm_utils.surgery import RemovalPlan, Stage, find_plan
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def pictures(tmp_path):
     return folder
 
 
-def run_03(folder, **parameters):
+def run_notebook(number, folder, **parameters):
     folder.mkdir()
-    notebook = str(find_notebook("03"))
+    notebook = str(find_notebook(number))
     papermill.execute_notebook(
         notebook,
-        str(folder / "03.ipynb"),
+        str(folder / f"{number}.ipynb"),
         {**parameters, "output_dir": str(folder)},
         progress_bar=False,
         kernel_name="python3",
@@ -45,7 +46,7 @@ def test_own_teacher_and_pictures_end_in_a_plain_student_twice_the_same(tmp_path
         "resolution": 64, "batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3, "num_images": 2,
         "num_inference_steps": 4, "ablation_steps": 1,
     }  # fmt: skip
-    first, again = (run_03(tmp_path / name, **parameters) for name in ("a", "b"))
+    first, again = (run_notebook("03", tmp_path / name, **parameters) for name in ("a", "b"))
     assert first["metrics"]["loss_last"] == again["metrics"]["loss_last"]
     assert {name for name, _ in first["metrics"]["skipped"]} == {"broken.jpg", "0.png"}
     assert first["metrics"]["num_train_pictures"] == 4
@@ -53,3 +54,37 @@ def test_own_teacher_and_pictures_end_in_a_plain_student_twice_the_same(tmp_path
         one, other = (UNet2DConditionModel.from_pretrained(tmp_path / name / kind) for name in ("a", "b"))
         assert one.config.block_out_channels == [8, 16, 32] and one.config.layers_per_block == 1
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_an_own_plan_of_an_own_sdxl_is_healed_by_self_attention(tmp_path, pipeline_xl_dir, pictures):
+    plan = RemovalPlan("mine", (Stage((0, 1), (0, 1, 2)), Stage((0,), (0, 2), 1), Stage((0,), (0, 2), 3)), mid=False)
+    (tmp_path / "mine.json").write_text(plan.to_json())
+    own = {"preset": "sdxl-base", "variant": str(tmp_path / "mine.json"), "teacher": str(pipeline_xl_dir)}
+    result = run_notebook(
+        "03", tmp_path / "run", **own, kd="self_attention", train_data_dir=str(pictures), resolution=64, batch_size=2,
+        gradient_accumulation_steps=1, max_train_steps=2, num_images=2, num_inference_steps=4, ablation_steps=0,
+    )  # fmt: skip
+    assert result["variant"] == "mine"
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet_ema")
+    assert student.config.layers_per_block == [2, 1, 1] and student.config.transformer_layers_per_block == [1, 1, 3]
+    copied = run_notebook("02", tmp_path / "copy", **own, num_images=2, num_inference_steps=4)
+    assert copied["metrics"]["distance_to_teacher"]["teacher"] == 0 and copied["metrics"]["random"] == 0
+    fates = (tmp_path / "copy" / "weight_map.csv").read_text().splitlines()
+    assert fates[0] == "student,teacher,what" and len(fates) > 500
+
+
+def test_an_own_teacher_is_scanned(tmp_path, pipeline_dir):
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "num_images": 2, "num_inference_steps": 4}
+    result = run_notebook("01", tmp_path / "scan", **own, greedy_steps=2, latency_repeats=2)
+    scan = result["metrics"]["scan"]
+    assert len(scan["one unit"]) == 15 and len(scan["greedily several"]) == 2
+    assert all(m["distance"] >= 0 and 0 < m["parameters"] <= 1 for group in scan.values() for m in group.values())
+    assert find_plan(str(tmp_path / "scan" / "greedy_2.json")).name == "greedy_2"
+
+
+@pytest.mark.parametrize("number", ["01", "02"])
+def test_without_weights_architecture_and_map_still_run(number, tmp_path):
+    result = run_notebook(number, tmp_path / "offline", preset="sdxl-base")
+    assert result["variant"] == "koala_700m"
+    text = (tmp_path / "offline" / f"{number}.ipynb").read_text()
+    assert "What needs weights is skipped" in text

@@ -4,6 +4,7 @@ import nbformat
 import pytest
 
 from bksdm_utils import run
+from bksdm_utils.surgery import plan_of
 
 
 @pytest.fixture
@@ -63,6 +64,20 @@ def test_a_sweep_runs_every_value_and_goes_on_after_a_failure(notebooks, capfd):
 def test_variants_are_swept_into_the_folders_of_the_design(notebooks):
     jobs = run.plan_jobs(["42"], [("variant", "bk_base,bk_tiny")])
     assert [job.dir.name for job in jobs] == ["storybook-bk_base", "storybook-bk_tiny"]
+
+
+def test_an_own_plan_names_its_folder(notebooks):
+    (notebooks / "mine.json").write_text(plan_of("my plan", mid=False).to_json())
+    jobs = run.plan_jobs(["42"], [("variant", f"{notebooks}/mine.json,sd_small")])
+    assert [job.dir.name for job in jobs] == ["storybook-my_plan", "storybook-bk_base"]
+
+
+def test_the_preset_decides_the_variant(tmp_path):
+    values = run.parameters_of(run.find_notebook("02")) | {"output_dir": str(tmp_path)}
+    assert run.start("02_weight_copying", values).plan.name == "bk_small"
+    started = run.start("02_weight_copying", values | {"preset": "sdxl-base"})
+    assert started.variant == "koala_700m" and not started.standard
+    assert run.plan_jobs(["02"], [("preset", "sdxl-base")])[0].dir.name == "sdxl-base-koala_700m"
 
 
 def test_values_are_read_as_python_reads_them():

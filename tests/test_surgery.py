@@ -196,7 +196,7 @@ def test_a_description_says_what_stays():
     text = surgery.VARIANTS["koala_700m"].describe(SDXL)
     assert "stages 0 to 1: keep pair 0 of 2 down, pairs 0, 2 of 3 up" in text
     assert "the first 5 transformer blocks" in text and "mid block: removed" in text
-    assert "removed: the innermost 1" in surgery.VARIANTS["bk_tiny"].describe(SD_V1)
+    assert "innermost stages removed: 1" in surgery.VARIANTS["bk_tiny"].describe(SD_V1)
 
 
 @pytest.mark.parametrize(
