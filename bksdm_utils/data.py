@@ -43,6 +43,7 @@ class LatentDataset:
     Attributes:
         mean, std: moments of the VAE's posterior, already scaled, (N, F, 4, h, w); F is 2 with mirrored pictures.
         token_ids: (N, T); SDXL's two tokenizers give (N, 2, T).
+        empty_ids: (1, T), or (1, 2, T), of the empty caption.
         captions: N texts.
         skipped: (name, reason) of every picture set aside.
     """
@@ -50,6 +51,7 @@ class LatentDataset:
     mean: torch.Tensor
     std: torch.Tensor
     token_ids: torch.Tensor
+    empty_ids: torch.Tensor
     captions: list[str]
     skipped: list[tuple[str, str]]
 
@@ -225,7 +227,8 @@ def _read_cache(path: Path, examples: Sequence[Example], skipped: list, pipeline
         failed = [tuple(line.split("\t")) for line in file.metadata()["failed"].splitlines()]
         mean, std, index = (file.get_tensor(name) for name in ("mean", "std", "index"))
     captions = [examples[i].caption for i in index.tolist()]
-    return LatentDataset(mean, std, token_ids(pipeline, captions), captions, [*skipped, *failed])
+    tokens, empty = token_ids(pipeline, captions), token_ids(pipeline, [""])
+    return LatentDataset(mean, std, tokens, empty, captions, [*skipped, *failed])
 
 
 def token_ids(pipeline: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:

@@ -6,11 +6,12 @@ Section 3.2 of the paper:  L = λ_sd · L_Task + λ_out · L_OutKD + λ_feat · 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from PIL import Image
 from torch import nn
 
@@ -105,16 +106,63 @@ class Taps:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """λ_sd, λ_out and λ_feat of the paper; 1, 1, 1 there."""
+    """λ_sd, λ_out and λ_feat of the paper, 1, 1, 1 there; the rest goes beyond it and is off.
+
+    Attributes:
+        normalise: divides each tap's loss by the teacher's mean square there, so that all taps weigh alike.
+        taps: a factor for taps by the student's module name; others have 1.
+        min_snr_gamma: γ of min-SNR weighting of the task loss (arXiv 2303.09556); 0 weighs all timesteps alike.
+    """
 
     sd: float = 1.0
     kd_output: float = 1.0
     kd_feat: float = 1.0
+    normalise: bool = False
+    taps: Mapping[str, float] = field(default_factory=dict)
+    min_snr_gamma: float = 0.0
+
+    def __post_init__(self):
+        numbers = {"lambda_sd": self.sd, "lambda_kd_output": self.kd_output, "lambda_kd_feat": self.kd_feat,
+                   "min_snr_gamma": self.min_snr_gamma, **self.taps}  # fmt: skip
+        for name, value in numbers.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}: a loss weight must not be negative")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a training step does to captions and noise beyond the paper; all off by default.
+
+    Attributes:
+        caption_dropout: probability of the empty caption instead of the picture's.
+        random_conditioning: λ of `random_conditioning_probability`; 0 keeps every caption with its picture.
+        noise_offset: strength of a shift common to all pixels of a channel, added to the noise.
+    """
+
+    caption_dropout: float = 0.0
+    random_conditioning: float = 0.0
+    noise_offset: float = 0.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"lambda_{name} is {value}: a loss weight must not be negative")
+            if value < 0 or (name == "caption_dropout" and value > 1):
+                raise ValueError(f"{name} is {value}: expected zero or more, a probability at most 1")
+
+
+def random_conditioning_probability(timesteps: torch.Tensor, num_train_timesteps: int, rate: float) -> torch.Tensor:
+    """Probability that a caption is replaced by an unrelated one (arXiv 2504.02011): e^(-λ min(t/T, 1 - t/T)).
+
+    High at both ends: near pure noise a picture says nothing about its caption, near the clean one the caption adds
+    nothing to the picture. The teacher answers for any caption, so the student sees far more of them than pictures.
+    """
+    share = timesteps / num_train_timesteps
+    return torch.exp(-rate * torch.minimum(share, 1 - share))
+
+
+def min_snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weight of each example's task loss, (B,): min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v."""
+    snr = compute_snr(scheduler, timesteps)
+    return snr.clamp(max=gamma) / (snr + (scheduler.config.prediction_type == "v_prediction"))
 
 
 @dataclass(frozen=True)
@@ -133,16 +181,22 @@ def kd_losses(
     target: torch.Tensor,
     features: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     weights: LossWeights = LossWeights(),
+    example_weights: torch.Tensor | None = None,
 ) -> KDLosses:
     """The paper's three losses, each a mean over all elements, in fp32.
 
     Args:
         prediction, teacher_prediction, target: (B, 4, H, W); the target is ε, or v for a v-prediction teacher.
         features: tap name -> (student's, teacher's) activation, of equal shapes.
+        example_weights: (B,), of the task loss.
     """
-    task = F.mse_loss(prediction.float(), target.float())
+    task = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+    task = (task if example_weights is None else task * example_weights).mean()
     output = F.mse_loss(prediction.float(), teacher_prediction.float())
-    feature = {tap: F.mse_loss(s.float(), t.float()) for tap, (s, t) in features.items()}
+    feature = {}
+    for tap, (student, teacher) in features.items():
+        scale = teacher.float().square().mean().clamp(min=1e-12) if weights.normalise else 1.0
+        feature[tap] = weights.taps.get(tap, 1.0) * F.mse_loss(student.float(), teacher.float()) / scale
     total = weights.sd * task + weights.kd_output * output + weights.kd_feat * sum(feature.values())
     return KDLosses(task, output, feature, total)
 
@@ -193,13 +247,22 @@ class Distillation:
         data: latents and token ids.
         taps: what `tap_pairs` gives; none for training without feature distillation.
         weights: λ_sd, λ_out, λ_feat. With λ_feat 0 nothing is tapped, with λ_out 0 too the teacher does not run.
+        augmentation: what is done to captions and noise.
+
+    Raises:
+        ValueError: `weights.taps` names a tap that there is not.
     """
 
     def __init__(
-        self, teacher: UNet2DConditionModel, student, condition, scheduler, data: LatentDataset, taps, weights
-    ):
+        self, teacher: UNet2DConditionModel, student, condition, scheduler, data: LatentDataset, taps, weights,
+        augmentation: Augmentation = Augmentation(),
+    ):  # fmt: skip
         self.teacher = teacher.requires_grad_(False).eval()
         self.condition, self.scheduler, self.data, self.weights = condition, scheduler, data, weights
+        self.augmentation = augmentation
+        unknown = sorted(set(weights.taps) - {student for _, student in taps})
+        if unknown:
+            raise ValueError(f"weights for unknown taps {unknown}: expected some of {[s for _, s in taps]}")
         taps = taps if weights.kd_feat else []
         self.teacher_taps = Taps(teacher, [t for t, _ in taps])
         self.student_taps = Taps(student, [s for _, s in taps])
@@ -216,6 +279,7 @@ class Distillation:
         latents, token_ids = self.data.batch(draw, self.teacher.device)
         noise = draw.normal(*latents.shape[1:]).to(latents)
         timesteps = draw.integers(self.scheduler.config.num_train_timesteps).to(latents.device)
+        noise, token_ids = self._augmented(draw, noise, token_ids, timesteps)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
         self.teacher_taps.listen()
         self.student_taps.listen()
@@ -228,7 +292,23 @@ class Distillation:
         features = dict(zip(self.student_taps.names, pairs, strict=True))
         if teacher_prediction is None:
             teacher_prediction = prediction.detach()
-        return kd_losses(prediction, teacher_prediction, target, features, self.weights)
+        gamma = self.weights.min_snr_gamma
+        example_weights = min_snr_weights(self.scheduler, timesteps, gamma) if gamma else None
+        return kd_losses(prediction, teacher_prediction, target, features, self.weights, example_weights)
+
+    def _augmented(self, draw: Draw, noise, token_ids, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and token ids after `augmentation`; what is off draws no random number, so it changes no other."""
+        chosen = self.augmentation
+        if chosen.noise_offset:
+            noise = noise + chosen.noise_offset * draw.normal(noise.shape[1], 1, 1).to(noise)
+        if chosen.random_conditioning:
+            total = self.scheduler.config.num_train_timesteps
+            probability = random_conditioning_probability(timesteps.cpu(), total, chosen.random_conditioning)
+            others, replaced = draw.integers(len(self.data)), draw.uniform() < probability
+            token_ids = _where(replaced, self.data.token_ids[others], token_ids)
+        if chosen.caption_dropout:
+            token_ids = _where(draw.uniform() < chosen.caption_dropout, self.data.empty_ids, token_ids)
+        return noise, token_ids
 
     def _teacher(self, noisy_latents, timesteps, condition: dict) -> torch.Tensor | None:
         if self.weights.kd_output or self.teacher_taps.names:
@@ -239,6 +319,11 @@ class Distillation:
         """Removes the hooks from both networks."""
         self.teacher_taps.close()
         self.student_taps.close()
+
+
+def _where(chosen: torch.Tensor, ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    chosen = chosen.view(-1, *[1] * (others.ndim - 1)).to(others.device)
+    return torch.where(chosen, ids.to(others.device), others)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from PIL import Image
 
 from bksdm_utils import costs, distill, surgery
 from bksdm_utils.data import LatentDataset, token_ids
-from bksdm_utils.distill import Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
+from bksdm_utils.distill import Augmentation, Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
 from bksdm_utils.engine import Draw
 from bksdm_utils.sampling import load_pipeline
 
@@ -61,7 +61,7 @@ def test_an_sdxl_student_takes_a_distillation_step(kd, checkpointing, pipeline_x
         student.enable_gradient_checkpointing()
     tokens = token_ids(pipe, ["a cat", "a tree at night", "a red boat"])
     assert tokens.shape == (3, 2, 20)
-    data = LatentDataset(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, ["x"] * 3, [])
+    data = LatentDataset(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, tokens[:1], ["x"] * 3, [])
     pairs, condition = tap_pairs("koala_700m", pipe.unet.config, kd), distill.TextCondition(pipe)
     kd_step = Distillation(pipe.unet, student, condition, DDPMScheduler(), data, pairs, LossWeights())
     losses = kd_step.losses(student, Draw(0, 0, range(3), 3, 3))
@@ -200,15 +200,123 @@ def test_negative_weights_are_refused():
         LossWeights(kd_feat=-1.0)
 
 
-def distillation(teacher, student, plan, weights=None):
+def distillation(teacher, student, plan, weights=None, prediction_type="epsilon", **augmentation):
     torch.manual_seed(2)
-    embedding = torch.nn.Embedding(50, 16)
+    embedding = torch.nn.Embedding(51, 16)
     condition = lambda ids: {"encoder_hidden_states": embedding(ids).detach()}  # noqa: E731
     data = LatentDataset(
-        torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), torch.randint(50, (6, 20)), ["x"] * 6, []
-    )
+        torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), torch.arange(6)[:, None].expand(6, 20),
+        torch.full((1, 20), 50), ["x"] * 6, [],
+    )  # fmt: skip
     pairs = tap_pairs(plan, teacher.config)
-    return Distillation(teacher, student, condition, DDPMScheduler(), data, pairs, weights or LossWeights())
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    chosen = Augmentation(**augmentation)
+    return Distillation(teacher, student, condition, scheduler, data, pairs, weights or LossWeights(), chosen)
+
+
+def hooked(model, names, inputs):
+    """Outputs of modules by plain forward hooks, and the prediction."""
+    kept, handles = {}, []
+    for name in names:
+        keep = lambda _m, _i, out, n=name: kept.update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    prediction = model(*inputs).sample
+    for handle in handles:
+        handle.remove()
+    return prediction, [kept[name] for name in names]
+
+
+PAPER_TAPS = {  # (teacher, student), written out: section 3.2 of the paper, figure 3
+    "bk_tiny": [("down_blocks.0",) * 2, ("down_blocks.1",) * 2,
+                ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),
+                *((f"up_blocks.{i + 1}", f"up_blocks.{i}") for i in range(3))],
+}  # fmt: skip
+for _name in ("bk_base", "bk_small"):
+    PAPER_TAPS[_name] = [(f"{side}_blocks.{i}",) * 2 for side in ("down", "up") for i in range(4)]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
+def test_a_step_equals_a_plain_reference(variant, prediction_type, teacher):
+    """The whole step again, from the same random numbers, in as few words as the paper's formula."""
+    student = surgery.build_student(teacher, variant)
+    kd = distillation(teacher, student, variant, prediction_type=prediction_type)
+    found = kd.losses(student, draw())
+    generators = draw()
+    flips = generators.integers(2)
+    mean, std = kd.data.mean[generators.indices, flips], kd.data.std[generators.indices, flips]
+    x0 = mean + std * generators.normal(4, 8, 8)
+    eps, t = generators.normal(4, 8, 8), generators.integers(1000)
+    a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[t].view(-1, 1, 1, 1)
+    text = kd.condition(kd.data.token_ids[generators.indices])["encoder_hidden_states"]
+    inputs = (a.sqrt() * x0 + (1 - a).sqrt() * eps, t, text)
+    by_teacher, of_teacher = hooked(teacher, [pair[0] for pair in PAPER_TAPS[variant]], inputs)
+    by_student, of_student = hooked(student, [pair[1] for pair in PAPER_TAPS[variant]], inputs)
+    target = eps if prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x0
+    feature = sum(((s - f) ** 2).mean() for s, f in zip(of_student, of_teacher, strict=True))
+    task, output = ((by_student - target) ** 2).mean(), ((by_student - by_teacher) ** 2).mean()
+    expected = {"loss_task": task, "loss_output": output, "loss_feature": feature}
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), name
+    assert found["loss"].item() == pytest.approx(sum(expected.values()).item(), rel=1e-5)
+
+
+def test_taps_can_be_normalised_and_weighted():
+    student, teacher = torch.full((1, 2, 1, 1), 3.0), torch.full((1, 2, 1, 1), 2.0)
+    zero, pairs = torch.zeros(1, 4, 1, 1), {"a": (student, teacher), "b": (student * 100, teacher * 100)}
+    plain = kd_losses(zero, zero, zero, pairs)
+    assert [v.item() for v in plain.feature.values()] == [1.0, 10_000.0]
+    alike = kd_losses(zero, zero, zero, pairs, LossWeights(normalise=True, taps={"b": 3.0}))
+    assert [v.item() for v in alike.feature.values()] == pytest.approx([0.25, 0.75])
+    assert kd_losses(zero, zero, zero, {"a": (zero, zero)}, LossWeights(normalise=True)).total == 0
+
+
+def test_weights_of_taps_that_are_not_there_are_refused(teacher):
+    student = surgery.build_student(teacher, "bk_tiny")
+    with pytest.raises(ValueError, match="unknown taps .'up_blocks.3'."):
+        distillation(teacher, student, "bk_tiny", LossWeights(taps={"up_blocks.3": 2.0}))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_the_task_loss_only(prediction_type, teacher):
+    scheduler, t = DDPMScheduler(prediction_type=prediction_type), torch.tensor([0, 500, 999])
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    by_hand = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
+    assert torch.allclose(distill.min_snr_weights(scheduler, t, 5.0), by_hand)
+    student = surgery.build_student(teacher, "bk_base")
+    plain, weighted = (
+        distillation(teacher, student, "bk_base", LossWeights(min_snr_gamma=gamma), prediction_type).losses(
+            student, draw()
+        )
+        for gamma in (0.0, 0.01)
+    )
+    assert plain["loss_output"] == weighted["loss_output"] and plain["loss_task"] != weighted["loss_task"]
+
+
+def test_random_conditioning_is_likely_at_both_ends():
+    p = distill.random_conditioning_probability(torch.tensor([0, 250, 500, 750, 1000]), 1000, 5.0)
+    assert p[0] == p[-1] == 1 and p[1] == p[3] and p[2] == p.min() == pytest.approx(torch.tensor(-2.5).exp().item())
+
+
+def test_augmentation_changes_what_it_says_and_nothing_else(teacher):
+    student, seen = surgery.build_student(teacher, "bk_base"), {}
+    for name, chosen in {"none": {}, "empty": {"caption_dropout": 1.0}, "random": {"random_conditioning": 1e-9},
+                         "offset": {"noise_offset": 0.5}}.items():  # fmt: skip
+        kd = distillation(teacher, student, "bk_base", **chosen)
+        noise, t = torch.zeros(3, 4, 8, 8), torch.tensor([1, 500, 999])
+        seen[name] = kd._augmented(draw(), noise, kd.data.token_ids[:3], t)
+        kd.close()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(seen["none"], (torch.zeros(3, 4, 8, 8), torch.arange(3)[:, None].expand(3, 20)), strict=True)
+    )
+    assert (seen["empty"][1] == 50).all() and (seen["empty"][0] == 0).all()
+    captions = seen["random"][1]
+    assert (captions == captions[:, :1]).all() and captions.max() < 6  # whole captions of the data set
+    shift = seen["offset"][0]
+    assert (shift == shift[:, :, :1, :1]).all() and shift.abs().min() > 0
+    with pytest.raises(ValueError, match="at most 1"):
+        Augmentation(caption_dropout=1.5)
 
 
 def draw():
