@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class LatentDataset:
         empty_ids: (1, T), or (1, 2, T), of the empty caption.
         captions: N texts.
         skipped: (name, reason) of every picture set aside.
+        key: the cache's, a hash of everything the latents depend on.
     """
 
     mean: torch.Tensor
@@ -54,6 +55,7 @@ class LatentDataset:
     empty_ids: torch.Tensor
     captions: list[str]
     skipped: list[tuple[str, str]]
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -158,10 +160,11 @@ def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | P
     else:
         examples, skipped = read_folder(preset.train_data_dir)
     cache_dir = Path(cache_dir or ROOT / "outputs" / "cache")
-    cache = cache_dir / f"latents-{_cache_key(examples, preset, pipeline)}.safetensors"
+    key = _cache_key(examples, preset, pipeline)
+    cache = cache_dir / f"latents-{key}.safetensors"
     if not cache.exists():
         _write_cache(cache, encode(examples, preset, pipeline))
-    return _read_cache(cache, examples, skipped, pipeline)
+    return replace(_read_cache(cache, examples, skipped, pipeline), key=key)
 
 
 def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline) -> str:

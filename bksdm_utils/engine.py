@@ -11,8 +11,10 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,7 +44,8 @@ class TrainingConfig:
     ema_decay: float = 0.999
     mixed_precision: str = "no"  # no | fp16 | bf16
     seed: int = 0
-    checkpoint_steps: int = 0  # 0 keeps none
+    checkpoint_steps: int = 0  # 0 keeps none, not on an interruption either
+    max_skipped_steps: int = 20  # so many in a row without a finite gradient end the run
 
     def __post_init__(self):
         for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate"):
@@ -104,17 +107,21 @@ class Draw:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reports: number (from 1), losses (detached, still on the device), rate, seconds."""
+    """What one optimizer step reports: number (from 1), losses (detached, still on the device), the gradient's norm
+    before clipping, whether the step was left out for want of a finite gradient, rate, seconds."""
 
     step: int
     losses: dict[str, torch.Tensor]
+    gradient_norm: float
+    skipped: bool
     learning_rate: float
     seconds: float
 
     def floats(self) -> dict[str, float]:
         """Everything as plain numbers; this is where the losses leave the device."""
         losses = {name: float(value) for name, value in self.losses.items()}
-        return {"step": self.step, **losses, "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3)}
+        own = {"gradient_norm": self.gradient_norm, "skipped": float(self.skipped), "learning_rate": self.learning_rate}
+        return {"step": self.step, **losses, **own, "seconds": round(self.seconds, 3)}
 
 
 class Log:
@@ -158,10 +165,21 @@ class Trainer:
 
     The EMA starts as a copy of the model as given. `model` is unwrapped and holds the raw weights; `with
     trainer.ema_weights():` lends it the averaged ones.
+
+    Args:
+        resume: go on from the checkpoint in `output_dir`, if there is one.
+        fingerprint: what else must be as it was for a resumption to be the same run: teacher, data, loss weights …
+
+    Raises:
+        ValueError: the checkpoint cannot be read, is of another run, or is further than `max_train_steps`.
     """
 
-    def __init__(self, model: torch.nn.Module, config: TrainingConfig, output_dir: str | Path, resume: bool = False):
+    def __init__(
+        self, model: torch.nn.Module, config: TrainingConfig, output_dir: str | Path, resume: bool = False,
+        fingerprint: Mapping[str, object] | None = None,
+    ):  # fmt: skip
         self.config, self.output_dir, self.model = config, Path(output_dir), model
+        self.fingerprint = {name: str(value) for name, value in (fingerprint or {}).items()}
         cpu = next(model.parameters()).device.type == "cpu"
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -181,28 +199,59 @@ class Trainer:
     def steps(self, loss_function: LossFunction, num_examples: int) -> Iterator[Step]:
         """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
 
+        SIGINT and SIGTERM end the training after the step in progress, with a checkpoint where any are kept.
+
         Args:
             loss_function: (model, draw) -> named losses; "loss" is what is minimised, the others are only reported.
             num_examples: size of the data set that `draw.indices` points into.
         """
         self.model.train()
-        while self.step < self.config.max_train_steps:
-            started = time.perf_counter()
-            rate = self.config.learning_rate_at(self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            losses = self._backward(loss_function, num_examples)
-            self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.skipped_in_a_row = 0
+        with _signals_noted() as signals:
+            while self.step < self.config.max_train_steps:
+                yield self._step(loss_function, num_examples)
+                # Only now, when the caller has logged the step, may a checkpoint say that it is done.
+                due = self.step % self.config.checkpoint_steps == 0 if self.config.checkpoint_steps else False
+                if due or (signals and self.config.checkpoint_steps):
+                    self.save()
+                if signals:
+                    self._stop(signals[0])
+
+    def _step(self, loss_function: LossFunction, num_examples: int) -> Step:
+        """One optimizer step, or none where the gradient is not finite; its random numbers are used up either way."""
+        started = time.perf_counter()
+        rate = self.config.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses = self._backward(loss_function, num_examples)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = float(norm if norm is not None else math.nan)
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler itself leaves such steps out, and must see them
+        finite = math.isfinite(norm)
+        if finite or scaled:
             self.optimizer.step()
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
+        if finite:
             self.ema.step(self.parameters)
-            self.step += 1
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()  # so that the seconds are those of the step
-            seconds = time.perf_counter() - started
-            if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
-                self.save()
-            yield Step(self.step, losses, rate, seconds)
+        self.step += 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > self.config.max_skipped_steps:
+            self._give_up(norm)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # so that the seconds are those of the step
+        return Step(self.step, losses, norm, not finite, rate, time.perf_counter() - started)
+
+    def _give_up(self, norm: float) -> None:
+        good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint"
+        raise FloatingPointError(
+            f"{self.skipped_in_a_row} steps in a row up to step {self.step} had no finite gradient (norm {norm}): the "
+            f"model is as it was before them, {good}. Lower the learning rate, or use bf16 or no mixed precision."
+        )
+
+    def _stop(self, signum: int) -> None:
+        where = f"; resume=True goes on from {self.checkpoint}" if self.checkpoint.exists() else ""
+        print(f"stopped by {signal.Signals(signum).name} after step {self.step}{where}", flush=True)
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _backward(self, loss_function: LossFunction, num_examples: int) -> dict[str, torch.Tensor]:
         """Accumulates the gradient of one global batch; returns the mean of this process' losses."""
@@ -261,8 +310,19 @@ class Trainer:
         if not self.checkpoint.exists():
             print(f"nothing to resume in {self.output_dir.name}: starting from the first step")
             return
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        changed = {k: (v, self._fixed()[k]) for k, v in state["fixed"].items() if v != self._fixed()[k]}
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # cut off, not a checkpoint, not readable: torch raises many kinds
+            raise ValueError(
+                f"{self.checkpoint} cannot be read ({type(error).__name__}): delete it, or start anew with resume=False"
+            ) from error
+        if state["step"] > self.config.max_train_steps:
+            raise ValueError(
+                f"{self.checkpoint} stands at step {state['step']}, beyond max_train_steps "
+                f"{self.config.max_train_steps}: raise max_train_steps, or start anew with resume=False"
+            )
+        now = self._fixed()
+        changed = {k: (v, now.get(k)) for k, v in state["fixed"].items() if v != now.get(k)}
         if changed:
             raise ValueError(
                 f"{self.checkpoint} was written with other settings (then, now): {json.dumps(changed)}. "
@@ -277,7 +337,26 @@ class Trainer:
     def _fixed(self) -> dict[str, object]:
         """What must not change between a run and its resumption; rates and lengths may."""
         names = ("seed", "weight_decay", "max_grad_norm", "adam_beta2", "ema_decay", "mixed_precision")
-        return {"global_batch_size": self.global_batch_size, **{name: getattr(self.config, name) for name in names}}
+        settings = {name: getattr(self.config, name) for name in names}
+        return {"global_batch_size": self.global_batch_size, **settings, **self.fingerprint}
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM only add themselves to the list; a second one acts as it used to."""
+    noted, before = [], {}
+
+    def note(signum, frame):
+        noted.append(signum)
+        signal.signal(signum, before[signum])
+
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def save_model(model, folder: Path) -> None:

@@ -1,5 +1,11 @@
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +129,107 @@ def test_a_model_is_saved_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         save_model(Broken(), tmp_path / "unet")
     assert not (tmp_path / "unet").exists()
+
+
+# --- what goes wrong in long runs -------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path):
+    bad, seen = {2, 3}, []
+
+    def sometimes(model, draw):
+        loss = loss_function(model, draw)["loss"]
+        return {"loss": loss * float("nan") if draw.step in bad else loss}
+
+    trainer = Trainer(model(), CONFIG, tmp_path)
+    for step in trainer.steps(sometimes, len(EXAMPLES)):
+        seen.append((step.skipped, trainer.model.weight.clone(), trainer.ema.shadow_params[0].clone()))
+    assert [skipped for skipped, *_ in seen] == [False, False, True, True, False, False]
+    assert torch.equal(seen[1][1], seen[3][1]) and torch.equal(seen[1][2], seen[3][2])
+    assert trainer.model.weight.isfinite().all() and not torch.equal(seen[3][1], seen[5][1])
+
+
+def test_too_many_such_steps_end_the_run_and_name_the_good_state(tmp_path):
+    config = replace(CONFIG, max_train_steps=100, max_skipped_steps=3)
+    trainer = Trainer(model(), config, tmp_path)
+    broken = lambda m, d: {"loss": loss_function(m, d)["loss"] * (float("inf") if d.step >= 4 else 1)}  # noqa: E731
+    with pytest.raises(FloatingPointError, match="4 steps in a row up to step 8.*checkpoint.pt"):
+        list(trainer.steps(broken, len(EXAMPLES)))
+    assert trainer.model.weight.isfinite().all()
+
+
+def test_a_resumption_of_another_run_is_refused(tmp_path):
+    list(Trainer(model(), CONFIG, tmp_path, fingerprint={"teacher": "a"}).steps(loss_function, len(EXAMPLES)))
+    with pytest.raises(ValueError, match='"teacher": \\["a", "b"\\]'):
+        Trainer(model(), CONFIG, tmp_path, resume=True, fingerprint={"teacher": "b"})
+    with pytest.raises(ValueError, match="stands at step 6, beyond max_train_steps 4"):
+        Trainer(model(), replace(CONFIG, max_train_steps=4), tmp_path, resume=True, fingerprint={"teacher": "a"})
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read .*: delete it"):
+        Trainer(model(), CONFIG, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("when", ["step", "validation"])
+def test_an_interruption_ends_the_step_writes_a_checkpoint_and_loses_nothing(signum, raised, when, tmp_path):
+    whole, _ = trained(tmp_path / "whole")
+    before = signal.getsignal(signum)
+
+    def interrupted(model, draw):
+        if draw.step == 2 and when == "step":
+            signal.raise_signal(signum)
+        return loss_function(model, draw)
+
+    trainer = Trainer(model(), CONFIG, tmp_path / "cut")
+    with pytest.raises(raised):
+        for step in trainer.steps(interrupted, len(EXAMPLES)):
+            if step.step == 3 and when == "validation":
+                signal.raise_signal(signum)
+    assert trainer.step == 3 and signal.getsignal(signum) == before
+    resumed = Trainer(model(), CONFIG, tmp_path / "cut", resume=True)
+    assert resumed.step == 3
+    list(resumed.steps(loss_function, len(EXAMPLES)))
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_engine import EXAMPLES, KILLED, Trainer, loss_function, model
+from bksdm_utils.engine import Log
+folder = Path(sys.argv[2])
+trainer = Trainer(model(), KILLED, folder, resume=True)
+log = Log(folder / "log.csv", trainer.step)
+for step in trainer.steps(loss_function, len(EXAMPLES)):
+    log.append({"step": step.step, "loss": step.floats()["loss"]})
+trainer.save()
+"""
+KILLED = replace(CONFIG, max_train_steps=400, checkpoint_steps=1)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    """SIGKILL at random moments, most of them while a checkpoint or the log is being written."""
+    whole, losses = trained(tmp_path / "whole", KILLED)
+    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "killed")]
+    chance, kills = random.Random(0), 0
+    for _ in range(30):
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while child.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == stamp):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))  # somewhere in the first steps after it got going
+        if child.poll() is not None:
+            break
+        child.kill()
+        child.wait()
+        kills += 1
+        if kills == 3:
+            assert subprocess.run(command, capture_output=True).returncode == 0
+            break
+    resumed = Trainer(model(), KILLED, tmp_path / "killed", resume=True)
+    assert kills >= 2 and resumed.step == 400
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert torch.equal(resumed.ema.shadow_params[0], whole.ema.shadow_params[0])
+    assert [row["loss"] for row in Log(tmp_path / "killed" / "log.csv", step=400).rows] == pytest.approx(losses, abs=0)
