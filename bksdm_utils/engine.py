@@ -254,7 +254,7 @@ class Trainer:
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _backward(self, loss_function: LossFunction, num_examples: int) -> dict[str, torch.Tensor]:
-        """Accumulates the gradient of one global batch; returns the mean of this process' losses."""
+        """Accumulates the gradient of one global batch; returns the losses' mean over it."""
         micro_batches, total = self.config.gradient_accumulation_steps, {}
         for k in range(micro_batches):
             draw = self._draw(k, num_examples)
@@ -264,7 +264,7 @@ class Trainer:
             self.accelerator.backward(losses["loss"] / micro_batches)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach() / micro_batches
-        return total
+        return self.accelerator.reduce(total, "mean") if self.accelerator.num_processes > 1 else total
 
     def _draw(self, micro_batch: int, num_examples: int) -> Draw:
         size, processes = self.config.batch_size, self.accelerator.num_processes

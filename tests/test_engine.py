@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -190,6 +191,50 @@ def test_an_interruption_ends_the_step_writes_a_checkpoint_and_loses_nothing(sig
     assert resumed.step == 3
     list(resumed.steps(loss_function, len(EXAMPLES)))
     assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+PROCESS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from pathlib import Path
+import torch
+from test_engine import CONFIG, EXAMPLES, Trainer, loss_function, model
+folder, batch_size, steps = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+trainer = Trainer(model(), replace(CONFIG, batch_size=batch_size), folder, resume=True)
+losses = []
+for step in trainer.steps(loss_function, len(EXAMPLES)):
+    losses.append(step.floats()["loss"])
+    if trainer.step == steps:
+        break
+if trainer.accelerator.is_main_process:
+    trainer.save()
+    (folder / f"losses_{steps}.json").write_text(json.dumps(losses))
+trainer.accelerator.wait_for_everyone()
+"""
+
+
+def run_processes(count, folder, steps):
+    """Trains up to `steps` with `count` processes that share the global batch of four."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    script = folder / "process.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(PROCESS)
+    arguments = [str(Path(__file__).parent), str(folder), str(4 // count), str(steps)]
+    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / f"losses_{steps}.json").read_text())
+
+
+def test_one_process_and_two_and_a_run_moved_between_them_learn_the_same(tmp_path):
+    whole, losses = trained(tmp_path / "whole")
+    assert run_processes(2, tmp_path / "two", 6) == pytest.approx(losses, abs=1e-5)
+    moved = [run_processes(count, tmp_path / "moved", steps) for count, steps in ((1, 2), (2, 4), (1, 6))]
+    assert sum(moved, []) == pytest.approx(losses, abs=1e-5)
+    resumed = Trainer(model(), CONFIG, tmp_path / "moved", resume=True)
+    assert torch.allclose(resumed.model.weight, whole.model.weight, atol=1e-5)
+    assert torch.allclose(resumed.ema.shadow_params[0], whole.ema.shadow_params[0], atol=1e-5)
 
 
 CHILD = """
