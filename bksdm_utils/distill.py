@@ -215,15 +215,18 @@ class TextCondition:
     """The frozen text encoder(s) of a pipeline: token ids to what its U-Net is told beside latents and timesteps.
 
     SDXL joins the last but one hidden states of two text encoders, and adds the pooled text of the second and the sizes
-    of the picture: original, crop and target; here always the whole picture at the pipeline's own resolution.
+    of the picture: original, crop and target; here always the whole picture.
+
+    Args:
+        resolution: pixels a side of the pictures; the pipeline's own by default.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
         names = ("text_encoder", "text_encoder_2")
         self.encoders = [e for e in (getattr(pipeline, name, None) for name in names) if e is not None]
         for encoder in self.encoders:
             encoder.requires_grad_(False).eval()
-        self.side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        self.side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
     @torch.no_grad()
     def __call__(self, token_ids: torch.Tensor) -> dict:

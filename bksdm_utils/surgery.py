@@ -98,7 +98,10 @@ class RemovalPlan:
         channels, depths = list(teacher_config["block_out_channels"]), attention_depths(teacher_config)
         kept, total = len(self.stages), len(channels)
         if not 1 <= kept <= total:
-            raise ValueError(f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total}")
+            raise ValueError(
+                f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total} "
+                "(surgery.variants_of(teacher_config) gives the named plans that fit)"
+            )
         if kept < total and channels[kept - 1] != channels[kept]:
             raise ValueError(
                 f"plan {self.name!r} removes the innermost {total - kept} stages, but the teacher's stage {kept - 1} "

@@ -81,6 +81,8 @@ def test_sdxl_is_told_what_its_pipeline_would_tell_it(pipeline_xl_dir):
     assert torch.equal(told["added_cond_kwargs"]["text_embeds"], pooled)
     ids = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, text_encoder_projection_dim=16)
     assert torch.equal(told["added_cond_kwargs"]["time_ids"], ids.repeat(2, 1))
+    larger = distill.TextCondition(pipe, resolution=96)(token_ids(pipe, ["a cat"]))
+    assert larger["added_cond_kwargs"]["time_ids"].tolist() == [[96, 96, 0, 0, 96, 96]]
 
 
 def test_the_distance_of_predictions_is_the_output_loss(pipeline_dir):
