@@ -227,7 +227,9 @@ def architecture(teacher_config: Mapping, *plans: str | RemovalPlan) -> Figure:
 
 
 def short(number: float) -> str:
-    """A count in millions or milliards: 8.69 M, 860 M, 2,990 G."""
+    """A count in full, in millions or in milliards: 64, 8.69 M, 860 M, 2,990 G."""
+    if number < 1e5:
+        return f"{number:,}"
     value, unit = (number / 1e9, "G") if number >= 1e10 else (number / 1e6, "M")
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
