@@ -43,8 +43,8 @@ def test_skip_connections_are_those_that_stay():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (1_184, "1,184"), (8_685_156, "8.69 M"), (859_520_964, "860 M"), (338_749_194_240, "339 G"),
-                         (2_989_918_781_440, "2,990 G")],
+    ("number", "text"), [(0, "0"), (1_184, "1,184"), (8_685_156, "8.69 M"), (859_520_964, "860 M"),
+                         (338_749_194_240, "339 G"), (2_989_918_781_440, "2,990 G")],
 )  # fmt: skip
 def test_counts_are_short(number, text):
     assert show.short(number) == text
