@@ -105,7 +105,10 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder: expected pictures and a metadata.csv with file_name, text")
+        raise ValueError(
+            f"{path.parent} is no folder: expected pictures and a metadata.csv with file_name, text. LAION's comes "
+            "by python -m bksdm_utils.downloads laion_aes_212k (or _11k, _2256k)"
+        )
     if not path.is_file():
         raise ValueError(f"{path} is missing: write a CSV file with the columns file_name and text")
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
