@@ -1,4 +1,4 @@
-"""Training data: image-text folders or storybook scenes, encoded once to latents and token ids.
+"""Training pictures and their captions: storybook scenes, folders, data sets of the hub, parquet and WebDataset shards.
 
 A picture that cannot be read or a caption that is empty is set aside with its reason; it never ends a run.
 """
@@ -7,68 +7,51 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import io
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from . import storybook
-from .engine import Draw
-from .presets import ROOT, Preset, resolve
+from .presets import Preset, resolve
+
+SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture, opened only when asked for, and its caption; `key` names its content for the cache."""
+    """One picture, opened only when asked for, and its captions; `key` names the picture's content for the cache."""
 
     name: str
-    caption: str
+    captions: tuple[str, ...]
     open: Callable[[], Image.Image]
     key: str
 
 
-@dataclass
-class LatentDataset:
-    """Latents and token ids of a data set.
+Skipped = list[tuple[str, str]]  # (name, reason) of what was set aside
 
-    Attributes:
-        mean, std: moments of the VAE's posterior, already scaled, (N, F, 4, h, w); F is 2 with mirrored pictures.
-        token_ids: (N, T); SDXL's two tokenizers give (N, 2, T).
-        empty_ids: (1, T), or (1, 2, T), of the empty caption.
-        captions: N texts.
-        skipped: (name, reason) of every picture set aside.
-        key: the cache's, a hash of everything the latents depend on.
+
+def load_examples(preset: Preset) -> tuple[list[Example], Skipped]:
+    """The training examples of a preset: scenes, an image-text folder, shards, or a data set of the hub.
+
+    Raises:
+        ValueError: there is no such folder or data set, it lacks the columns, or nothing in it is usable.
     """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    token_ids: torch.Tensor
-    empty_ids: torch.Tensor
-    captions: list[str]
-    skipped: list[tuple[str, str]]
-    key: str = ""
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def batch(self, draw: Draw, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
-        indices, flips = torch.tensor(draw.indices), draw.integers(self.mean.shape[1])
-        mean, std = self.mean[indices, flips].float(), self.std[indices, flips].float()
-        latents = mean + std * draw.normal(*mean.shape[1:])
-        return latents.to(device), self.token_ids[indices].to(device)
+    if preset.train_data_dir is None:
+        return storybook_examples(preset.num_train_scenes), []
+    place = preset.train_data_dir
+    could_be_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not Path(resolve(place)).exists()
+    return read_table(preset) if shard_files(place) or could_be_hub else read_folder(place)
 
 
-def read_folder(folder: str | Path) -> tuple[list[Example], list[tuple[str, str]]]:
+def read_folder(folder: str | Path) -> tuple[list[Example], Skipped]:
     """An image-text folder: pictures beside a metadata.csv with the columns file_name and text.
 
     Returns:
@@ -80,20 +63,38 @@ def read_folder(folder: str | Path) -> tuple[list[Example], list[tuple[str, str]
     folder = Path(resolve(folder))
     rows = _rows(folder / "metadata.csv")
     examples, skipped = [], []
-    for row in rows:
-        name, text = (row["file_name"] or "").strip(), (row["text"] or "").strip()
-        try:
-            path = _inside(folder, name)
-            if not text:
-                raise ValueError("empty caption")
-            examples.append(Example(name, text, lambda path=path: Image.open(path), _digest(path.read_bytes())))
-        except (OSError, ValueError) as error:
-            skipped.append((name or "(no name)", getattr(error, "strerror", None) or str(error)))
+    for example, reason in in_threads(lambda row: _example(folder, row), rows):  # each file is read, for its hash
+        if example:
+            examples.append(example)
+        else:
+            skipped.append(reason)
     if not examples:
         raise ValueError(
             f"{folder}: none of {len(rows)} rows is usable (first: {skipped[:1]}). Add pictures and captions."
         )
     return examples, skipped
+
+
+def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
+    """`map` in threads: results in order, at most `ahead` items taken before they are asked for."""
+    with ThreadPoolExecutor() as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _example(folder: Path, row: dict) -> tuple[Example | None, tuple[str, str] | None]:
+    name = (row["file_name"] or "").strip()
+    try:
+        path = _inside(folder, name)
+        captions, key = captions_of(row["text"]), _digest(path.read_bytes())
+        return Example(name, captions, lambda: Image.open(path), key), None
+    except (OSError, ValueError) as error:
+        return None, (name or "(no name)", getattr(error, "strerror", None) or str(error))
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -127,6 +128,67 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def shard_files(place: str | Path) -> list[str]:
+    """The .parquet or .tar files that a folder holds or a pattern such as `shards/*.tar` matches, sorted."""
+    place = Path(resolve(place))
+    found = place.glob("*") if place.is_dir() else place.parent.glob(place.name)
+    return sorted(str(path) for path in found if path.suffix in SHARDS)
+
+
+def open_table(preset: Preset, streaming: bool):
+    """Shards, or a data set of the hub by name, as HF `datasets` opens them; pictures stay undecoded bytes.
+
+    Returns:
+        a Dataset, streamed an IterableDataset, of rows with `image_column` and `caption_column`.
+    """
+    import datasets  # takes a second; storybook and folders need it not
+
+    files = shard_files(preset.train_data_dir)
+    kind = SHARDS[Path(files[0]).suffix] if files else str(preset.train_data_dir)
+    try:
+        table = datasets.load_dataset(kind, data_files=files or None, split="train", streaming=streaming)
+    except Exception as error:  # no such data set, no network, a broken shard: each has a class of its own
+        raise ValueError(
+            f"{preset.train_data_dir} cannot be opened ({error}): expected a folder with a metadata.csv of file_name, "
+            "text; a folder or pattern of .parquet or .tar shards; or the name of a data set on the Hugging Face hub "
+            "(which needs a network). LAION's folders come by python -m bksdm_utils.downloads laion_aes_212k"
+        ) from error
+    needed = [preset.image_column, preset.caption_column]
+    missing = set(needed) - set(table.column_names or needed)
+    if missing:
+        raise ValueError(f"{preset.train_data_dir} has the columns {', '.join(table.column_names)}: it lacks "
+                         f"{', '.join(sorted(missing))}; name others by image_column and caption_column")  # fmt: skip
+    return table.select_columns(needed).cast_column(preset.image_column, datasets.Image(decode=False))
+
+
+def read_table(preset: Preset) -> tuple[list[Example], Skipped]:
+    """A whole table of pictures and captions, which `datasets` keeps on disk, as `load_examples` gives it."""
+    table, examples, skipped = open_table(preset, streaming=False), [], []
+    for i, value in enumerate(table[preset.caption_column]):
+        try:
+            open_ = lambda i=i: open_image(table[i][preset.image_column])  # noqa: E731
+            examples.append(Example(f"row {i}", captions_of(value), open_, f"{table._fingerprint}-{i}"))
+        except ValueError as error:
+            skipped.append((f"row {i}", str(error)))
+    if not examples:
+        raise ValueError(f"{preset.train_data_dir}: none of {len(table)} rows is usable (first: {skipped[:1]})")
+    return examples, skipped
+
+
+def open_image(cell: dict) -> Image.Image:
+    """The picture in a cell of a table: bytes, or a path."""
+    return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def captions_of(value: object) -> tuple[str, ...]:
+    """One caption or several; ValueError where there is none."""
+    texts = [value] if isinstance(value, (str, type(None))) else list(value)
+    captions = tuple(text.strip() for text in texts if text and text.strip())
+    if not captions:
+        raise ValueError("empty caption")
+    return captions
+
+
 def storybook_examples(num_scenes: int, split: str = "train") -> list[Example]:
     """The first scenes of a storybook split."""
     world = _digest(Path(storybook.__file__).read_bytes())
@@ -134,7 +196,7 @@ def storybook_examples(num_scenes: int, split: str = "train") -> list[Example]:
     for seed in range(num_scenes):
         scene = storybook.sample_scene(seed, split)
         draw = lambda scene=scene, seed=seed: storybook.render(scene, seed)  # noqa: E731
-        examples.append(Example(f"{split}-{seed}", scene.caption, draw, f"{world}-{split}-{seed}"))
+        examples.append(Example(f"{split}-{seed}", (scene.caption,), draw, f"{world}-{split}-{seed}"))
     return examples
 
 
@@ -150,101 +212,3 @@ def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None) -> LatentDataset:
-    """The preset's training data as latents, from the cache where the same were computed before.
-
-    The cache's key is a hash of every picture and caption, the VAE's weights, the resolution and the mirroring. First
-    form: all moments are held in memory, 28 GB for 212,000 pictures of 512 pixels with both flips.
-    """
-    if preset.train_data_dir is None:
-        examples, skipped = storybook_examples(preset.num_train_scenes), []
-    else:
-        examples, skipped = read_folder(preset.train_data_dir)
-    cache_dir = Path(cache_dir or ROOT / "outputs" / "cache")
-    key = _cache_key(examples, preset, pipeline)
-    cache = cache_dir / f"latents-{key}.safetensors"
-    if not cache.exists():
-        _write_cache(cache, encode(examples, preset, pipeline))
-    return replace(_read_cache(cache, examples, skipped, pipeline), key=key)
-
-
-def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline) -> str:
-    digest = hashlib.sha256(f"{preset.resolution}-{preset.flip}-{pipeline.vae.config.scaling_factor}".encode())
-    for example in examples:
-        digest.update(f"{example.key}{example.caption}".encode())
-    for tensor in pipeline.vae.state_dict().values():
-        digest.update(tensor.cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def encode(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline, batch_size: int = 32) -> dict:
-    """Moments of the VAE's posterior, scaled, fp16: mean and std (N, F, 4, h, w), `index` of the examples used (N,),
-    and `failed`: (name, reason) of pictures that could not be read."""
-    vae, failed, index, means, stds = pipeline.vae, [], [], [], []
-    batch_size = max(1, batch_size * 64 * 64 // preset.resolution**2)
-    for batch in _batches(_opened(examples, preset.resolution, failed), batch_size):
-        index += [i for i, _ in batch]
-        pixels = torch.stack([p for _, p in batch])
-        sides = [pixels, pixels.flip(-1)] if preset.flip else [pixels]
-        posteriors = [vae.encode(side.to(vae.device, vae.dtype)).latent_dist for side in sides]
-        means.append(torch.stack([p.mean for p in posteriors], 1).cpu())
-        stds.append(torch.stack([p.std for p in posteriors], 1).cpu())
-    if not index:
-        raise ValueError(f"none of {len(examples)} pictures could be read (first: {failed[:1]})")
-    factor = vae.config.scaling_factor
-    moments = {"mean": torch.cat(means) * factor, "std": torch.cat(stds) * factor}
-    return {**{k: v.half() for k, v in moments.items()}, "index": torch.tensor(index), "failed": failed}
-
-
-def _opened(examples: Sequence[Example], resolution: int, failed: list) -> Iterator[tuple[int, torch.Tensor]]:
-    for i, example in enumerate(tqdm(examples, "encoding", file=sys.stdout, mininterval=2, ascii=True, ncols=70)):
-        try:
-            yield i, to_pixels(example.open(), resolution)
-        except Exception as error:  # PIL raises many kinds for a broken file; each sets that one picture aside
-            failed.append((example.name, f"unreadable picture: {error}"))
-
-
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write_cache(path: Path, encoded: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    failed = "\n".join(
-        "\t".join(str(part).replace("\n", " ").replace("\t", " ") for part in f) for f in encoded.pop("failed")
-    )
-    part = path.with_suffix(".part")
-    save_file(encoded, part, metadata={"failed": failed})
-    os.replace(part, path)
-
-
-def _read_cache(path: Path, examples: Sequence[Example], skipped: list, pipeline) -> LatentDataset:
-    with safe_open(path, "pt") as file:
-        failed = [tuple(line.split("\t")) for line in file.metadata()["failed"].splitlines()]
-        mean, std, index = (file.get_tensor(name) for name in ("mean", "std", "index"))
-    captions = [examples[i].caption for i in index.tolist()]
-    tokens, empty = token_ids(pipeline, captions), token_ids(pipeline, [""])
-    return LatentDataset(mean, std, tokens, empty, captions, [*skipped, *failed])
-
-
-def token_ids(pipeline: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
-    """Captions as the pipeline's text encoder takes them, (N, T); for SDXL's two text encoders (N, 2, T)."""
-
-    def ids(tokenizer) -> torch.Tensor:
-        length = tokenizer.model_max_length
-        return tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-
-    second = getattr(pipeline, "tokenizer_2", None)
-    return ids(pipeline.tokenizer) if second is None else torch.stack([ids(pipeline.tokenizer), ids(second)], 1)

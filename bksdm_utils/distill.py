@@ -16,8 +16,9 @@ from PIL import Image
 from torch import nn
 
 from .copying import source_of
-from .data import LatentDataset, to_pixels, token_ids
+from .data import to_pixels
 from .engine import Draw
+from .latents import LatentDataset, StreamedDataset, posterior, token_ids
 from .surgery import RemovalPlan, attention_depths, find_plan, layers_per_stage
 
 KD_KINDS = ("block", "self_attention")
@@ -257,7 +258,8 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: UNet2DConditionModel, student, condition, scheduler, data: LatentDataset, taps, weights,
+        self, teacher: UNet2DConditionModel, student, condition, scheduler,
+        data: LatentDataset | StreamedDataset, taps, weights,
         augmentation: Augmentation = Augmentation(),
     ):  # fmt: skip
         self.teacher = teacher.requires_grad_(False).eval()
@@ -307,8 +309,8 @@ class Distillation:
         if chosen.random_conditioning:
             total = self.scheduler.config.num_train_timesteps
             probability = random_conditioning_probability(timesteps.cpu(), total, chosen.random_conditioning)
-            others, replaced = draw.integers(len(self.data)), draw.uniform() < probability
-            token_ids = _where(replaced, self.data.token_ids[others], token_ids)
+            others, replaced = self.data.other_token_ids(draw), draw.uniform() < probability
+            token_ids = _where(replaced, others, token_ids)
         if chosen.caption_dropout:
             token_ids = _where(draw.uniform() < chosen.caption_dropout, self.data.empty_ids, token_ids)
         return noise, token_ids
@@ -335,10 +337,21 @@ def tap_features(unet: UNet2DConditionModel, names: Sequence[str], **inputs) -> 
     taps = Taps(unet, names)
     taps.listen()
     try:
-        unet(**inputs)
+        unet(**_in_precision(inputs, unet.dtype))
         return taps.take()
     finally:
         taps.close()
+
+
+def _in_precision(inputs: Mapping, dtype: torch.dtype) -> dict:
+    """The same U-Net arguments with every floating-point tensor in `dtype`; timesteps stay whole numbers."""
+    changed = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            changed[name] = _in_precision(value, dtype)
+        else:
+            changed[name] = value.to(dtype) if value.is_floating_point() else value
+    return changed
 
 
 @torch.no_grad()
@@ -347,10 +360,9 @@ def probe_inputs(
     timesteps: Sequence[int] = (100, 300, 500, 700, 900),
 ) -> list[dict]:  # fmt: skip
     """U-Net arguments to compare networks on: pictures as latents, each noised to every timestep, with its caption."""
-    vae, side = pipeline.vae, pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    pixels = torch.stack([to_pixels(picture, side) for picture in pictures]).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-    condition = TextCondition(pipeline)(token_ids(pipeline, captions).to(vae.device))
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    latents, _ = posterior(pipeline, torch.stack([to_pixels(picture, side) for picture in pictures]))
+    condition = TextCondition(pipeline)(token_ids(pipeline, captions).to(latents.device))
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     generator, inputs = torch.Generator().manual_seed(seed), []
     for timestep in timesteps:
@@ -367,3 +379,9 @@ def prediction_distance(
     """Mean squared distance between the predictions of both on `probe_inputs`: L_OutKD before any training."""
     distances = [F.mse_loss(student(**i).sample.float(), teacher(**i).sample.float()).item() for i in inputs]
     return sum(distances) / len(distances)
+
+
+if __name__ == "__main__":  # accelerate launch -m bksdm_utils.distill --config FOLDER/config.json
+    from .training import main
+
+    raise SystemExit(main())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .presets import ROOT
+from .run import check_disk
 
 _BUCKET = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 
@@ -42,6 +43,8 @@ DOWNLOADS: Mapping[str, Download] = {
     for size, score in (("11k", "6.5"), ("212k", "6.5"), ("2256k", "6.25"))
 } | {
     "coco_captions": Download(f"{_BUCKET}/mscoco_val2014_30k/metadata.csv", "data/mscoco_val2014_30k/metadata.csv"),
+    "dreambooth": Download("https://github.com/google/dreambooth/archive/refs/heads/main.tar.gz",
+                           "data/dreambooth.tar.gz", disk_factor=2.1),
     "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz",
                                 "data/mscoco_val2014_41k_full/real_im256.npz"),
 }  # fmt: skip
@@ -100,8 +103,8 @@ def fetch_folder(download: Download, root: Path = ROOT) -> Path:
     except (tarfile.TarError, EOFError, OSError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise ValueError(f"{archive} cannot be unpacked ({error}): delete it and fetch it again") from error
-    inner = part / folder.name  # the archives hold one folder of their own name
-    os.replace(inner if inner.is_dir() else part, folder)
+    inner = list(part.iterdir())  # one folder in all archives that we know
+    os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else part, folder)
     shutil.rmtree(part, ignore_errors=True)
     return folder
 
@@ -120,12 +123,8 @@ def _size(download: Download) -> int | None:
 
 def _check_disk(download: Download, folder: Path, size: int | None, had: int) -> None:
     need = int((size or 0) * download.disk_factor) - had
-    free = shutil.disk_usage(folder).free
-    print(
-        f"{download.url.rsplit('/', 1)[-1]}: {need / 1e9:.2f} GB of disk needed, {free / 1e9:.1f} GB free", flush=True
-    )
-    if need > free:
-        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free, {download.path} needs {need / 1e9:.1f}: make room")
+    print(f"{download.path}: {need / 1e9:.2f} GB of disk needed", flush=True)
+    check_disk(folder, need, download.path)
 
 
 def _receive(url: str, part: Path, size: int | None) -> None:

@@ -7,6 +7,7 @@ killed and resumed, or that is spread over two processes, therefore sees the sam
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -14,25 +15,40 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather
+from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .run import check_disk, write_json
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained; a step is always an optimizer step."""
+    """How a model is trained; a step is always an optimizer step.
+
+    One step learns from `batch_size * gradient_accumulation_steps` examples, the global batch, however many processes
+    share it. `batch_size` is what one process may hold at once.
+    """
 
     max_train_steps: int
-    batch_size: int = 16  # per process and micro-batch
+    batch_size: int = 16
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-5
     lr_schedule: str = "constant"  # constant | linear | cosine, the last two fall to zero
@@ -42,17 +58,46 @@ class TrainingConfig:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+    ema_device: str | None = None  # "cpu" frees a GPU of the averaged weights; None keeps them beside the model
+    optimizer: str = "adamw"  # adamw | adamw_8bit, whose state takes a quarter of the memory
     mixed_precision: str = "no"  # no | fp16 | bf16
     seed: int = 0
     checkpoint_steps: int = 0  # 0 keeps none, not on an interruption either
+    checkpoints_kept: int = 2  # the newest ones
     max_skipped_steps: int = 20  # so many in a row without a finite gradient end the run
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb
 
     def __post_init__(self):
-        for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate"):
+        for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate",
+                     "checkpoints_kept"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
         if self.lr_schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}: expected constant, linear or cosine")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
+        for name in self.trackers:
+            if name not in TRACKERS or importlib.util.find_spec(name) is None:
+                raise ValueError(f"tracker {name!r} is unknown or not installed: expected {' or '.join(TRACKERS)} (pip "
+                                 "install 'bksdm_utils[trackers]')")  # fmt: skip
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples per optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def micro_batches(self, num_processes: int) -> tuple[int, int]:
+        """(size, number) of the micro-batches of one process in one step.
+
+        Raises:
+            ValueError: the processes cannot share the global batch evenly.
+        """
+        share, rest = divmod(self.global_batch_size, num_processes)
+        if rest or not share:
+            raise ValueError(f"{num_processes} processes cannot share a global batch of {self.global_batch_size} "
+                             "(batch size times accumulation) evenly: choose a multiple of their number")  # fmt: skip
+        size = max(size for size in divisors(share) if size <= self.batch_size)
+        return size, share // size
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0): warm-up, plateau, fall."""
@@ -61,6 +106,11 @@ class TrainingConfig:
         done = min(1.0, max(0.0, (step - start) / (self.max_train_steps - start)))
         fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return self.learning_rate * warmup * fall[self.lr_schedule]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 @lru_cache(maxsize=2)
@@ -73,7 +123,8 @@ class Draw:
     """One micro-batch's random choices: which examples, and a generator of its own for each of them.
 
     Attributes:
-        indices: the examples, one epoch being a permutation of all `num_examples`.
+        indices: the examples, one epoch being a permutation of all `num_examples`; a stream, whose length is None, has
+            an order of its own instead.
         generators: CPU generators seeded by (seed, step, position in the global batch).
     """
 
@@ -81,16 +132,18 @@ class Draw:
     step: int
     positions: range
     global_batch_size: int
-    num_examples: int
-    indices: list[int] = field(init=False)
-    generators: list[torch.Generator] = field(init=False)
+    num_examples: int | None
 
-    def __post_init__(self):
+    @cached_property
+    def indices(self) -> list[int]:
         places = [self.step * self.global_batch_size + p for p in self.positions]
         epochs = [divmod(place, self.num_examples) for place in places]
-        self.indices = [int(_shuffled(self.seed, epoch, self.num_examples)[i]) for epoch, i in epochs]
+        return [int(_shuffled(self.seed, epoch, self.num_examples)[i]) for epoch, i in epochs]
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
         states = [np.random.SeedSequence((self.seed, self.step, p)).generate_state(2) for p in self.positions]
-        self.generators = [torch.Generator().manual_seed(int(a) << 32 | int(b)) for a, b in states]
+        return [torch.Generator().manual_seed(int(a) << 32 | int(b)) for a, b in states]
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal values, (batch, *shape), on the CPU."""
@@ -104,11 +157,16 @@ class Draw:
         """Values in [0, 1), (batch,)."""
         return torch.cat([torch.rand(1, generator=g) for g in self.generators])
 
+    def choose(self, counts: Sequence[int]) -> list[int]:
+        """An integer below each of `counts`, (batch,); where that is 1, no random number is spent."""
+        pairs = zip(counts, self.generators, strict=True)
+        return [int(torch.randint(int(n), (1,), generator=g)) if n > 1 else 0 for n, g in pairs]
+
 
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step reports: number (from 1), losses (detached, still on the device), the gradient's norm
-    before clipping, whether the step was left out for want of a finite gradient, rate, seconds."""
+    before clipping, whether the step was left out for want of a finite gradient, rate, seconds, examples a second."""
 
     step: int
     losses: dict[str, torch.Tensor]
@@ -116,25 +174,32 @@ class Step:
     skipped: bool
     learning_rate: float
     seconds: float
+    images_per_second: float
 
     def floats(self) -> dict[str, float]:
-        """Everything as plain numbers; this is where the losses leave the device."""
-        losses = {name: float(value) for name, value in self.losses.items()}
+        """Everything as plain numbers, and the memory in use in GB; this is where the losses leave the device."""
+        values = torch.stack([torch.as_tensor(value).float() for value in self.losses.values()]).tolist()
         own = {"gradient_norm": self.gradient_norm, "skipped": float(self.skipped), "learning_rate": self.learning_rate}
-        return {"step": self.step, **losses, **own, "seconds": round(self.seconds, 3)}
+        pace = {"seconds": round(self.seconds, 3), "images_per_second": round(self.images_per_second, 2)}
+        return {"step": self.step, **dict(zip(self.losses, values, strict=True)), **own, **pace, "memory_gb": memory()}
+
+
+def memory() -> float:
+    """GB in use: the most so far on a GPU, at present on the CPU."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return round(used / 1e9, 3)
 
 
 class Log:
-    """A CSV file of one row per logged step; on resumption rows of steps that are done again are dropped first."""
+    """A CSV file of one row per logged step; on resumption rows of steps that are done again are dropped first.
+
+    Of several processes only the main one writes.
+    """
 
     def __init__(self, path: Path, step: int = 0):
-        self.path, self.rows = path, []
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if step and path.exists():
-            with path.open(newline="") as file:
-                whole = [row for row in csv.DictReader(file) if all(row.values())]  # a kill may cut the last one short
-                rows = [{k: float(v) for k, v in row.items()} for row in whole]
-            self.rows = [row for row in rows if row["step"] <= step]
+        self.rows = [row for row in read_log(path) if row["step"] <= step] if step else []
         self._write("w", self.rows)
 
     def append(self, row: dict[str, float]) -> None:
@@ -143,12 +208,30 @@ class Log:
         self._write("a", [row])
 
     def _write(self, mode: str, rows: list[dict]) -> None:
+        if not PartialState().is_main_process:
+            return
         with self.path.open(mode, newline="") as file:
             if rows:
                 writer = csv.DictWriter(file, rows[0])
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerows(rows)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The whole rows of a log, also of one that is being written; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        whole = [row for row in csv.DictReader(file) if all(row.values())]  # a kill may cut the last one short
+    return [{name: float(value) for name, value in row.items()} for row in whole]
+
+
+def shared_work(count: int, device: torch.device | str = "cpu") -> Iterator[int]:
+    """This process's share of range(count); at its end it waits for the others."""
+    state = PartialState(cpu=torch.device(device).type == "cpu")
+    yield from range(state.process_index, count, state.num_processes)
+    state.wait_for_everyone()
 
 
 def over_processes(function: Callable[[list[int]], torch.Tensor], count: int, device: str = "cpu") -> torch.Tensor:
@@ -167,57 +250,96 @@ class Trainer:
     trainer.ema_weights():` lends it the averaged ones.
 
     Args:
-        resume: go on from the checkpoint in `output_dir`, if there is one.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one.
         fingerprint: what else must be as it was for a resumption to be the same run: teacher, data, loss weights …
+        name: what the model's folders are called: `name` holds raw weights, `name`_ema averaged ones.
+
+    Attributes:
+        scores: what the caller last measured; written beside every checkpoint.
 
     Raises:
-        ValueError: the checkpoint cannot be read, is of another run, or is further than `max_train_steps`.
+        ValueError: the checkpoint cannot be read, is of another run, or is further than `max_train_steps`; or there is
+            too little disk for the checkpoints.
     """
 
     def __init__(
         self, model: torch.nn.Module, config: TrainingConfig, output_dir: str | Path, resume: bool = False,
-        fingerprint: Mapping[str, object] | None = None,
+        fingerprint: Mapping[str, object] | None = None, name: str = "model",
     ):  # fmt: skip
-        self.config, self.output_dir, self.model = config, Path(output_dir), model
-        self.fingerprint = {name: str(value) for name, value in (fingerprint or {}).items()}
+        self.config, self.output_dir, self.model, self.name = config, Path(output_dir), model, name
+        self.fingerprint = {key: str(value) for key, value in (fingerprint or {}).items()}
         cpu = next(model.parameters()).device.type == "cpu"
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, cpu=cpu, log_with=list(config.trackers) or None,
+            project_dir=self.output_dir,
+        )  # fmt: skip
+        self.micro_batch_size, self.num_micro_batches = config.micro_batches(self.accelerator.num_processes)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, (0.9, config.adam_beta2), weight_decay=config.weight_decay
-        )
+        optimizer = self._new_optimizer()
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
-        self.step = 0
+        self.ema.to(config.ema_device)
+        self.step, self.scores = 0, {}
         if resume:
             self._load(optimizer)
-        else:
-            self.checkpoint.unlink(missing_ok=True)  # a later resume must not go on from an older run
+        elif self.accelerator.is_main_process:
+            self._set_old_checkpoints_aside()
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         # accelerate wraps forward in autocast for good; `_backward` does so itself, so drawing stays in full precision.
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
 
-    def steps(self, loss_function: LossFunction, num_examples: int) -> Iterator[Step]:
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        kind = torch.optim.AdamW
+        if self.config.optimizer == "adamw_8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit as kind
+            except ImportError as error:
+                raise ValueError(
+                    "optimizer='adamw_8bit' needs bitsandbytes: pip install 'bksdm_utils[gpu]', or use 'adamw'"
+                ) from error
+        betas = (0.9, self.config.adam_beta2)
+        return kind(self.parameters, self.config.learning_rate, betas, weight_decay=self.config.weight_decay)
+
+    def steps(self, loss_function: LossFunction, num_examples: int | None) -> Iterator[Step]:
         """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
 
         SIGINT and SIGTERM end the training after the step in progress, with a checkpoint where any are kept.
 
         Args:
             loss_function: (model, draw) -> named losses; "loss" is what is minimised, the others are only reported.
-            num_examples: size of the data set that `draw.indices` points into.
+            num_examples: size of the data set that `draw.indices` points into; None for a stream.
+
+        Raises:
+            ValueError: another training writes to the same folder, or there is too little disk for the checkpoints.
+            FloatingPointError: too many steps in a row had no finite gradient.
         """
         self.model.train()
         self.skipped_in_a_row = 0
-        with _signals_noted() as signals:
+        about = asdict(self.config) | self.fingerprint
+        self.accelerator.init_trackers("tracker", {name: str(value) for name, value in about.items()})
+        main = self.accelerator.is_main_process
+        with folder_lock(self.output_dir) if main else nullcontext(), _signals_noted() as signals:
+            if self.config.checkpoint_steps and main:
+                check_disk(self.output_dir, (self.config.checkpoints_kept + 1) * self.checkpoint_bytes, "checkpoints")
             while self.step < self.config.max_train_steps:
                 yield self._step(loss_function, num_examples)
                 # Only now, when the caller has logged the step, may a checkpoint say that it is done.
                 due = self.step % self.config.checkpoint_steps == 0 if self.config.checkpoint_steps else False
-                if due or (signals and self.config.checkpoint_steps):
-                    self.save()
-                if signals:
-                    self._stop(signals[0])
+                signum = self._agreed(signals)
+                if due or (signum and self.config.checkpoint_steps):
+                    self._try_to_save()
+                if signum:
+                    self._stop(signum)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
-    def _step(self, loss_function: LossFunction, num_examples: int) -> Step:
+    def _agreed(self, signals: list[int]) -> int:
+        """The signal that any of the processes got, 0 for none, so that all stop after the same step."""
+        own = signals[0] if signals else 0
+        if self.accelerator.num_processes == 1:
+            return own
+        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+
+    def _step(self, loss_function: LossFunction, num_examples: int | None) -> Step:
         """One optimizer step, or none where the gradient is not finite; its random numbers are used up either way."""
         started = time.perf_counter()
         rate = self.config.learning_rate_at(self.step)
@@ -232,49 +354,110 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         if finite:
-            self.ema.step(self.parameters)
+            self._average()
         self.step += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             self._give_up(norm)
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()  # so that the seconds are those of the step
-        return Step(self.step, losses, norm, not finite, rate, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Step(self.step, losses, norm, not finite, rate, seconds, self.config.global_batch_size / seconds)
+
+    def _average(self) -> None:
+        where = self.config.ema_device
+        self.ema.step([p.to(where) for p in self.parameters] if where else self.parameters)
 
     def _give_up(self, norm: float) -> None:
-        good = f"the last good state is {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint"
+        good = f"the last good state is {self.checkpoint}" if self.checkpoint else "there is no checkpoint"
         raise FloatingPointError(
             f"{self.skipped_in_a_row} steps in a row up to step {self.step} had no finite gradient (norm {norm}): the "
             f"model is as it was before them, {good}. Lower the learning rate, or use bf16 or no mixed precision."
         )
 
     def _stop(self, signum: int) -> None:
-        where = f"; resume=True goes on from {self.checkpoint}" if self.checkpoint.exists() else ""
+        where = f"; resume=True goes on from {self.checkpoint}" if self.checkpoint else ""
         print(f"stopped by {signal.Signals(signum).name} after step {self.step}{where}", flush=True)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
-    def _backward(self, loss_function: LossFunction, num_examples: int) -> dict[str, torch.Tensor]:
+    def _backward(self, loss_function: LossFunction, num_examples: int | None) -> dict[str, torch.Tensor]:
         """Accumulates the gradient of one global batch; returns the losses' mean over it."""
-        micro_batches, total = self.config.gradient_accumulation_steps, {}
-        for k in range(micro_batches):
+        total = {}
+        for k in range(self.num_micro_batches):
             draw = self._draw(k, num_examples)
-            self.wrapped.require_backward_grad_sync = k == micro_batches - 1
+            self.wrapped.require_backward_grad_sync = k == self.num_micro_batches - 1
             with self.accelerator.autocast():
                 losses = loss_function(self.wrapped, draw)
-            self.accelerator.backward(losses["loss"] / micro_batches)
+            self.accelerator.backward(losses["loss"] / self.num_micro_batches)
             for name, value in losses.items():
-                total[name] = total.get(name, 0) + value.detach() / micro_batches
+                total[name] = total.get(name, 0) + value.detach() / self.num_micro_batches
         return self.accelerator.reduce(total, "mean") if self.accelerator.num_processes > 1 else total
 
-    def _draw(self, micro_batch: int, num_examples: int) -> Draw:
-        size, processes = self.config.batch_size, self.accelerator.num_processes
+    def _draw(self, micro_batch: int, num_examples: int | None) -> Draw:
+        size, processes = self.micro_batch_size, self.accelerator.num_processes
         start = (micro_batch * processes + self.accelerator.process_index) * size
-        return Draw(self.config.seed, self.step, range(start, start + size), self.global_batch_size, num_examples)
+        global_batch_size = self.config.global_batch_size
+        return Draw(self.config.seed, self.step, range(start, start + size), global_batch_size, num_examples)
+
+    def find_micro_batch(self, loss_function: LossFunction, num_examples: int | None) -> dict[int, float]:
+        """Measures micro-batches by dry runs and takes the fastest that fits; the global batch stays as it is.
+
+        Nothing is learned: gradients are thrown away, no step is counted. Memory that the optimizer will need is left
+        free. The search ends with the first size that does not fit, or the second in a row that is no faster.
+
+        Returns:
+            images a second, by size.
+        """
+        share, rates, worse = self.config.global_batch_size // self.accelerator.num_processes, {}, 0
+        for size in divisors(share):
+            try:
+                rate = self._dry_run(loss_function, num_examples, size)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                break
+            worse = worse + 1 if rate < 1.02 * max(rates.values(), default=0) else 0
+            rates[size] = round(rate, 2)
+            if worse == 2 or not self._fits():
+                break
+        chosen = broadcast_object_list([max(rates, key=rates.get) if rates else 1])[0]  # the main process decides
+        self.micro_batch_size, self.num_micro_batches = chosen, share // chosen
+        return rates
+
+    def _dry_run(self, loss_function: LossFunction, num_examples: int | None, size: int) -> float:
+        draw = Draw(self.config.seed, self.step, range(size), self.config.global_batch_size, num_examples)
+        for _ in range(2):  # the first pass warms up
+            started = time.perf_counter()
+            with self.accelerator.autocast():
+                loss_function(self.model, draw)["loss"].backward()
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.model.zero_grad()
+        return size / (time.perf_counter() - started)
+
+    def _fits(self) -> bool:
+        """Whether the optimizer's state would still find room on the GPU, with a tenth to spare."""
+        if self.accelerator.device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self.accelerator.device).total_memory
+        return torch.cuda.max_memory_allocated() + self.training_bytes()["optimizer"] < 0.9 * total
+
+    def training_bytes(self) -> dict[str, int]:
+        """Bytes that training holds whatever the batch: weights, gradients, optimizer, ema."""
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        optimizer = trained // 2 if self.config.optimizer == "adamw_8bit" else 2 * trained
+        return {"weights": weights, "gradients": trained, "optimizer": optimizer, "ema": trained}
 
     @property
-    def global_batch_size(self) -> int:
-        """Examples per optimizer step, over all processes and micro-batches."""
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.accelerator.num_processes
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: raw weights, averaged weights, the optimizer's state."""
+        held = self.training_bytes()
+        return 2 * held["weights"] + held["optimizer"]
+
+    def track(self, values: Mapping[str, float]) -> None:
+        """Gives values to the trackers, under the present step."""
+        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=self.step)
 
     @contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
@@ -287,68 +470,139 @@ class Trainer:
             self.ema.restore(self.parameters)
 
     @property
-    def checkpoint(self) -> Path:
-        return self.output_dir / "checkpoint.pt"
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint: a folder with the model, its average, the optimizer's state and step.json."""
+        return max((self.output_dir / "checkpoints").glob("step_*[0-9]"), default=None)
 
     def save(self) -> None:
-        """Writes the state needed for exact resumption, under a temporary name first."""
+        """Writes a checkpoint, whole or not at all, and removes those that are too old to be kept.
+
+        Raises:
+            OSError: it could not be written; earlier ones are untouched.
+        """
         if not self.accelerator.is_main_process:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        part = self.checkpoint.with_suffix(".part")
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "ema": self.ema.state_dict(), "step": self.step, "fixed": self._fixed()}, part)
-        os.replace(part, self.checkpoint)
+        folder = self.output_dir / "checkpoints"
+        part = folder / "part"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            self._write(part)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+            shutil.rmtree(part, ignore_errors=True)
+            kept = f"{self.checkpoint} is untouched" if self.checkpoint else "there is no earlier one"
+            raise OSError(f"the checkpoint of step {self.step} could not be written ({error}); {kept}") from error
+        target = folder / f"step_{self.step:08}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+        for old in sorted(folder.glob("step_*[0-9]"))[: -self.config.checkpoints_kept]:
+            shutil.rmtree(old, ignore_errors=True)
 
-    def save_models(self, name: str) -> None:
-        """Saves the raw weights as folder `name` and the averaged ones as `name`_ema, each a plain diffusers model."""
-        save_model(self.model, self.output_dir / name)
+    def _try_to_save(self) -> None:
+        """A disk that is full for a while costs a checkpoint, not the run."""
+        try:
+            self.save()
+        except OSError as error:
+            print(f"warning: {error}. Make room: the next one is tried in time", flush=True)
+        self.accelerator.wait_for_everyone()  # a process that ends would have its launcher kill the one that writes
+
+    def _write(self, folder: Path) -> None:
+        _save_weights(self.model, folder / self.name)
         with self.ema_weights() as model:
-            save_model(model, self.output_dir / f"{name}_ema")
+            _save_weights(model, folder / f"{self.name}_ema")
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        about = {"step": self.step, "ema_steps": self.ema.optimization_step, "scores": self.scores}
+        write_json(folder / "step.json", {**about, "fixed": self._fixed()})
+
+    def save_models(self) -> None:
+        """Saves the raw weights as folder `name` and the averaged ones as `name`_ema, each a plain diffusers model."""
+        save_model(self.model, self.output_dir / self.name)
+        with self.ema_weights() as model:
+            save_model(model, self.output_dir / f"{self.name}_ema")
+
+    def _set_old_checkpoints_aside(self) -> None:
+        """A later resume must not go on from an older run; one that was started anew by mistake can be had back."""
+        folder, old = self.output_dir / "checkpoints", self.output_dir / "checkpoints.old"
+        if self.checkpoint:
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+            print(f"the checkpoints of an earlier run were set aside as {old.name}")
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.checkpoint.exists():
+        folder = self.checkpoint
+        if folder is None:
             print(f"nothing to resume in {self.output_dir.name}: starting from the first step")
             return
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # cut off, not a checkpoint, not readable: torch raises many kinds
+            about = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+            weights, averaged = (_load_weights(folder / name) for name in (self.name, f"{self.name}_ema"))
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # cut off, not a checkpoint, not readable: each library raises its own kinds
             raise ValueError(
-                f"{self.checkpoint} cannot be read ({type(error).__name__}): delete it, or start anew with resume=False"
+                f"{folder} cannot be read ({type(error).__name__}): delete it to go on from the one before "
+                "it, or start anew with resume=False"
             ) from error
-        if state["step"] > self.config.max_train_steps:
-            raise ValueError(
-                f"{self.checkpoint} stands at step {state['step']}, beyond max_train_steps "
-                f"{self.config.max_train_steps}: raise max_train_steps, or start anew with resume=False"
-            )
-        now = self._fixed()
-        changed = {k: (v, now.get(k)) for k, v in state["fixed"].items() if v != now.get(k)}
+        self._check_same_run(folder, about)
+        self.model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        for shadow, name in zip(self.ema.shadow_params, trained, strict=True):
+            shadow.data.copy_(averaged[name])
+        self.ema.optimization_step, self.step, self.scores = about["ema_steps"], about["step"], about["scores"]
+
+    def _check_same_run(self, folder: Path, about: Mapping) -> None:
+        now, limit = self._fixed(), self.config.max_train_steps
+        changed = {k: (v, now.get(k)) for k, v in about["fixed"].items() if v != now.get(k)}
         if changed:
             raise ValueError(
-                f"{self.checkpoint} was written with other settings (then, now): {json.dumps(changed)}. "
+                f"{folder} was written with other settings (then, now): {json.dumps(changed)}. "
                 "Use the same settings, or another output_dir, or resume=False."
             )
-        self.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(next(self.model.parameters()).device)
-        self.step = state["step"]
+        if about["step"] > limit:
+            raise ValueError(
+                f"{folder} stands at step {about['step']}, beyond max_train_steps {limit}: raise max_train_steps, or "
+                "start anew with resume=False"
+            )
 
     def _fixed(self) -> dict[str, object]:
         """What must not change between a run and its resumption; rates and lengths may."""
-        names = ("seed", "weight_decay", "max_grad_norm", "adam_beta2", "ema_decay", "mixed_precision")
-        settings = {name: getattr(self.config, name) for name in names}
-        return {"global_batch_size": self.global_batch_size, **settings, **self.fingerprint}
+        names = ("seed", "global_batch_size", "weight_decay", "max_grad_norm", "adam_beta2", "ema_decay", "optimizer",
+                 "mixed_precision")  # fmt: skip
+        return {name: getattr(self.config, name) for name in names} | self.fingerprint
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Within the block no other process trains into `folder`; the system lifts the lock when this one dies.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # A singleton, of all threads: one process may take it within itself.
+    lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another training writes to {folder}: wait, stop it, or use another output_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM only add themselves to the list; a second one acts as it used to."""
+    """Within the block SIGINT and SIGTERM only add themselves to the list; a second SIGINT acts as it used to.
+
+    SIGTERM may come twice, from whoever asks and from a launcher that passes it on to all of its processes.
+    """
     noted, before = [], {}
 
     def note(signum, frame):
         noted.append(signum)
-        signal.signal(signum, before[signum])
+        if signum == signal.SIGINT:
+            signal.signal(signum, before[signum])
 
     if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
         before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -357,6 +611,19 @@ def _signals_noted() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Exact weights: a plain diffusers folder in one file where the model is one of diffusers'."""
+    if isinstance(model, ModelMixin):
+        model.save_pretrained(folder, max_shard_size="1TB")
+        return
+    folder.mkdir()
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
 
 
 def save_model(model, folder: Path) -> None:

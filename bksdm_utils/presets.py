@@ -18,7 +18,9 @@ class Preset:
         configs: a folder with the configs of that teacher's parts, for what needs no weights.
         variant: the student that is made of it.
         judge: a CLIP for the CLIP score; None scores nothing.
-        train_data_dir: an image-text folder; None renders storybook scenes.
+        train_data_dir: an image-text folder, shards, or a data set of the hub; None renders storybook scenes.
+        image_column, caption_column: of shards and hub data sets.
+        streaming: read shards or a hub data set as they come, without keeping pictures or latents on disk.
         resolution: pixels a side of the training pictures.
         flip: whether pictures may be mirrored; storybook's captions say left and right, so there they may not.
         measured: whether these settings have been run to the end by the authors.
@@ -30,6 +32,9 @@ class Preset:
     variant: str
     judge: str | None
     train_data_dir: str | None
+    image_column: str = "image"
+    caption_column: str = "text"
+    streaming: bool = False
     resolution: int = 512
     flip: bool = True
     batch_size: int = 64
@@ -48,6 +53,7 @@ class Preset:
     num_images: int = 8
     num_train_scenes: int = 0  # storybook only: how many scenes are rendered for training
     validation_steps: int = 500
+    num_validation_images: int = 16
     measured: bool = False
 
     def with_parameters(self, **parameters) -> Preset:
@@ -71,13 +77,16 @@ class Preset:
         if self.num_inference_steps < 4:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
         positive = ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
-                    "num_inference_steps", "num_images", "validation_steps")  # fmt: skip
+                    "num_inference_steps", "num_images", "validation_steps",
+                    "num_validation_images")  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
         for name in ("lambda_sd", "lambda_kd_output", "lambda_kd_feat", "guidance_scale", "lr_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected zero or more")
+        if self.streaming and self.train_data_dir is None:
+            raise ValueError("streaming needs shards or a hub data set: name them by train_data_dir")
         if self.resolution % 8:
             raise ValueError(f"resolution is {self.resolution}: expected a multiple of 8")
 
@@ -86,7 +95,7 @@ STORYBOOK = Preset(
     "storybook", "data/storybook/teacher", "data/storybook/teacher", "bk_small", "data/storybook/clip", None,
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
-    num_train_scenes=3_000, validation_steps=100, measured=True,
+    num_train_scenes=3_000, validation_steps=100, num_validation_images=128, measured=True,
 )  # fmt: skip
 
 LAION_AES = "data/laion_aes/preprocessed_212k"

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -207,6 +208,13 @@ def write_json(path: Path, content: object) -> None:
     text = json.dumps(_plain(content), indent=1, default=str, allow_nan=False)
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """Raises ValueError where `folder`'s disk has fewer than `need` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(f"{what}: {need / 1e9:.1f} GB needed, {folder} has {free / 1e9:.1f} GB free. Make room.")
 
 
 def _plain(content: object) -> object:

@@ -114,15 +114,17 @@ def generate(
     batch_size: int = 32,
 ) -> list[Image.Image]:
     """Draws one picture for each prompt; picture i starts from the noise of `picture_seed(seed, i)`."""
-    was_training = pipeline.unet.training
+    was_training, told = pipeline.unet.training, pipeline.text_encoder.dtype
     pipeline.unet.eval()
     pictures = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         seeds = [picture_seed(seed, start + i) for i in range(len(batch))]
-        pictures += pipeline(
-            batch, generator=[torch.Generator().manual_seed(s) for s in seeds],
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        ).images  # fmt: skip
+        # A student in training has full-precision weights, among a teacher's parts that may have half.
+        with torch.autocast(pipeline.device.type, told, enabled=pipeline.unet.dtype != told):
+            pictures += pipeline(
+                batch, generator=[torch.Generator().manual_seed(s) for s in seeds],
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            ).images  # fmt: skip
     pipeline.unet.train(was_training)
     return pictures

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,15 +31,19 @@ class ClipJudge:
         self.processor = CLIPImageProcessor.from_pretrained(folder)
 
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image], batch_size: int = 128) -> torch.Tensor:
+    def features(self, pictures: Sequence[Image.Image], batch_size: int = 128) -> torch.Tensor:
+        """What the vision tower makes of pictures before its projection, (N, D), for the FID."""
+        found = []
+        for start in range(0, len(pictures), batch_size):
+            batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
+            pixels = self.processor(batch, return_tensors="pt").pixel_values
+            found.append(self.model.vision_model(pixels.to(self.model.device)).pooler_output)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Unit-length embeddings of pictures, (N, D)."""
-        batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
-        embedded = []
-        for batch in batches:
-            pixels = self.processor([p.convert("RGB") for p in batch], return_tensors="pt").pixel_values
-            vision = self.model.vision_model(pixels.to(self.model.device)).pooler_output
-            embedded.append(self.model.visual_projection(vision))
-        return F.normalize(torch.cat(embedded), dim=-1)
+        return F.normalize(self.model.visual_projection(self.features(pictures)), dim=-1)
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> torch.Tensor:
@@ -52,6 +58,18 @@ def clip_score(judge: ClipJudge, pictures: Sequence[Image.Image], captions: Sequ
     if len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption for each picture")
     return (judge.images(pictures) * judge.texts(captions)).sum(-1).mean().item()
+
+
+def fid(features: torch.Tensor, real_features: torch.Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to the features (N, D) of drawn and of real pictures, by clean-fid.
+
+    Few pictures bias it upwards: only values of equally many pictures and one feature network may be compared.
+    """
+    from cleanfid.fid import frechet_distance  # takes a second that other scores need not wait for
+
+    moments = [(f.mean(0), np.cov(f, rowvar=False)) for f in (features.double().cpu().numpy(),
+                                                              real_features.double().cpu().numpy())]  # fmt: skip
+    return float(frechet_distance(*moments[0], *moments[1]))
 
 
 def zero_shot_accuracy(
@@ -87,7 +105,8 @@ PROMPTS = (
 class Scorer:
     """Draws the same captions from the same noise with any pipeline and scores the pictures.
 
-    Storybook pipelines draw held-out scenes; others draw `PROMPTS`, which without a judge are only looked at.
+    Storybook pipelines draw held-out scenes, for `proxy` other ones than for `scores`; pipelines of another world draw
+    `PROMPTS`, which without a judge are only looked at.
 
     Args:
         settings: the preset in force; gives judge, number of pictures, steps and guidance.
@@ -101,6 +120,8 @@ class Scorer:
         if storybook_only:
             self.scenes = [storybook.sample_scene(i, "test") for i in range(settings.num_images)]
             self.captions = [scene.caption for scene in self.scenes]
+            numbers = range(settings.num_validation_images)
+            self.validation_scenes = [storybook.sample_scene(i, "validation") for i in numbers]
 
     def draw(self, pipeline: Pipeline) -> list[Image.Image]:
         """One picture for each caption."""
@@ -119,9 +140,18 @@ class Scorer:
             scores |= zero_shot_accuracy(self.judge, pictures, self.scenes)
         return {name: round(value, 4) for name, value in scores.items()}
 
-    def proxy(self, pipeline: Pipeline, num_images: int = 16, num_inference_steps: int = 20) -> float:
-        """CLIP score of a few quickly drawn captions, to follow a training by; NaN without a judge."""
+    def proxy(self, pipeline: Pipeline, num_inference_steps: int = 10) -> dict[str, float]:
+        """CLIP score, and FID beside real renders of the same scenes, of quickly drawn pictures, to follow a training
+        by; NaN without a judge."""
         if self.judge is None:
-            return float("nan")
-        captions = self.captions[:num_images]
-        return round(clip_score(self.judge, self._draw(pipeline, captions, num_inference_steps), captions), 4)
+            return {"clip_score": float("nan"), "fid": float("nan")}
+        captions = [scene.caption for scene in self.validation_scenes]
+        pictures = self._draw(pipeline, captions, num_inference_steps)
+        distance = fid(self.judge.features(pictures), self._real_features)
+        score = clip_score(self.judge, pictures, captions)
+        return {"clip_score": round(score, 4), "fid": round(distance, 3)}
+
+    @cached_property
+    def _real_features(self) -> torch.Tensor:
+        scenes = self.validation_scenes
+        return self.judge.features([storybook.render(scene, seed) for seed, scene in enumerate(scenes)])

@@ -90,8 +90,10 @@ def curves(
         log: panels with a logarithmic y axis.
         dashed: series that are references rather than results.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), squeeze=False)
-    for axis, (title, series) in zip(axes[0], panels.items(), strict=True):
+    columns = len(panels) if len(panels) < 4 else 2
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False)
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
         for name, points in series.items():
             style = {"linestyle": "--", "color": "grey"} if name in dashed else {"marker": "." * (len(points) < 20)}
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, **style)
@@ -105,23 +107,29 @@ def curves(
 
 
 class Live:
-    """The curves of a running training: drawn again, and said in a line, every `every` seconds."""
+    """The curves of a running training: drawn again, and said in a line, every `every` seconds.
 
-    def __init__(self, max_train_steps: int, goal: float, every: float = 10.0):
+    Args:
+        goal: the teacher's proxy scores, by name.
+    """
+
+    def __init__(self, max_train_steps: int, goal: Mapping[str, float], every: float = 10.0):
         self.total, self.goal, self.every = max_train_steps, goal, every
         self.drawn, self.handle, self.first = 0.0, None, None
 
     def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
-        """Call it after every step; most calls return at once.
+        """Call it after every step, or now and then; most calls return at once.
 
         Args:
             rows: `engine.Step.floats` of every step so far.
-            validation: rows of "step" and "clip_score".
+            validation: rows of "step" and proxy scores.
         """
+        if not rows:
+            return
         now, last = time.monotonic(), rows[-1]
         if self.first is None:  # the estimate counts from the end of the first step, which is slower than the others
             self.first, self.drawn = (now, last["step"]), now
-        if now - self.drawn < self.every:
+        if now - self.drawn < self.every or last["step"] == self.first[1]:
             return
         self.drawn, (started, first_step) = now, self.first
         left = (self.total - last["step"]) * (now - started) / (last["step"] - first_step)
@@ -140,8 +148,11 @@ class Live:
         return figure
 
 
-def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal: float) -> Figure:
-    """The three losses, one line for each tap, and the proxy CLIP score (`goal` is the teacher's) over the steps."""
+PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}
+
+
+def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal: Mapping[str, float]) -> Figure:
+    """The three losses, one line for each tap, and the proxy scores (`goal` has the teacher's) over the steps."""
     steps = [row["step"] for row in rows]
 
     def series(names: Sequence[str]) -> dict:
@@ -152,11 +163,13 @@ def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal
 
     losses = series(["loss_task", "loss_output", "loss_feature"])
     taps = series([name for name in rows[0] if name.startswith("feature/")])
-    scored = [(v["step"], v["clip_score"]) for v in validation if v["clip_score"] == v["clip_score"]]  # NaN: no judge
-    scores = {"EMA student": scored, "teacher": [(step, goal) for step, _ in scored]} if scored else {}
-    panels = {"loss": losses, "feature loss of each tap": taps, "proxy CLIP score": scores}
+    panels = {"loss": losses, "feature loss of each tap": taps}
+    for name, title in PROXIES.items():
+        scored = [(v["step"], v[name]) for v in validation if v[name] == v[name]]  # NaN: no judge
+        if scored:
+            panels[title] = {"EMA student": scored, "teacher": [(step, goal[name]) for step, _ in scored]}
     shown = {title: lines for title, lines in panels.items() if any(lines.values())}
-    return curves(shown, log=("loss", "feature loss of each tap"), dashed=["teacher"])
+    return curves(shown, log=("loss", "feature loss of each tap", "proxy FID"), dashed=["teacher"])
 
 
 def smoothed(values: Sequence[float], width: int = 10) -> list[float]:

@@ -45,7 +45,7 @@ CONFIGS = {
                           weight_decay=0.0, ema_decay=0.99, checkpoint_steps=200),
     "clip": TrainingConfig(2_300, batch_size=96, learning_rate=2e-3, lr_schedule="cosine", lr_warmup_steps=100,
                            weight_decay=0.05, adam_beta2=0.98, ema_decay=0.99, checkpoint_steps=100),
-    "unet": TrainingConfig(9_000, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", lr_decay_start=0.3,
+    "unet": TrainingConfig(9_000, batch_size=32, learning_rate=1e-3, lr_schedule="cosine", lr_decay_start=0.3,
                            lr_warmup_steps=200, ema_decay=0.999, checkpoint_steps=200),
     "decoder": TrainingConfig(1_600, batch_size=16, learning_rate=1e-3, lr_schedule="cosine", lr_warmup_steps=50,
                               weight_decay=0.0, ema_decay=0.99, checkpoint_steps=200),

@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import (
@@ -88,3 +91,14 @@ def pipeline_xl_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher_xl")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def disk_full_beyond(size):
+    """Within the block no file can grow beyond `size` bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

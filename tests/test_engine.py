@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import disk_full_beyond
 
 from bksdm_utils.engine import Draw, Log, Trainer, TrainingConfig, save_model
 
@@ -72,11 +74,12 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path):
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     trainer, _ = trained(tmp_path)
-    before = trainer.checkpoint.read_bytes()
+    before = {path: path.read_bytes() for path in trainer.checkpoint.rglob("*") if path.is_file()}
+    trainer.step += 1
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.save()
-    assert trainer.checkpoint.read_bytes() == before
+    assert {path: path.read_bytes() for path in trainer.checkpoint.rglob("*") if path.is_file()} == before
 
 
 def test_accumulation_draws_what_one_large_batch_draws(tmp_path):
@@ -154,7 +157,7 @@ def test_too_many_such_steps_end_the_run_and_name_the_good_state(tmp_path):
     config = replace(CONFIG, max_train_steps=100, max_skipped_steps=3)
     trainer = Trainer(model(), config, tmp_path)
     broken = lambda m, d: {"loss": loss_function(m, d)["loss"] * (float("inf") if d.step >= 4 else 1)}  # noqa: E731
-    with pytest.raises(FloatingPointError, match="4 steps in a row up to step 8.*checkpoint.pt"):
+    with pytest.raises(FloatingPointError, match="4 steps in a row up to step 8.*step_0000000[68]"):
         list(trainer.steps(broken, len(EXAMPLES)))
     assert trainer.model.weight.isfinite().all()
 
@@ -165,7 +168,7 @@ def test_a_resumption_of_another_run_is_refused(tmp_path):
         Trainer(model(), CONFIG, tmp_path, resume=True, fingerprint={"teacher": "b"})
     with pytest.raises(ValueError, match="stands at step 6, beyond max_train_steps 4"):
         Trainer(model(), replace(CONFIG, max_train_steps=4), tmp_path, resume=True, fingerprint={"teacher": "a"})
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "checkpoints" / "step_00000006" / "optimizer.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read .*: delete it"):
         Trainer(model(), CONFIG, tmp_path, resume=True)
 
@@ -193,15 +196,131 @@ def test_an_interruption_ends_the_step_writes_a_checkpoint_and_loses_nothing(sig
     assert torch.equal(resumed.model.weight, whole.model.weight)
 
 
+def test_processes_share_the_global_batch_whatever_their_number():
+    config = TrainingConfig(1, batch_size=8, gradient_accumulation_steps=3)
+    assert [config.micro_batches(n) for n in (1, 2, 3, 4, 6, 12)] == [(8, 3), (6, 2), (8, 1), (6, 1), (4, 1), (2, 1)]
+    with pytest.raises(ValueError, match="5 processes cannot share a global batch of 24"):
+        config.micro_batches(5)
+
+
+def test_the_search_for_a_micro_batch_learns_nothing_and_keeps_the_global_batch(tmp_path):
+    _, losses = trained(tmp_path / "a")
+    trainer = Trainer(model(), CONFIG, tmp_path / "b")
+    rates = trainer.find_micro_batch(loss_function, len(EXAMPLES))
+    assert set(rates) <= {1, 2, 4} and trainer.micro_batch_size == max(rates, key=rates.get)
+    assert trainer.micro_batch_size * trainer.num_micro_batches == CONFIG.global_batch_size and trainer.step == 0
+    again = [step.floats()["loss"] for step in trainer.steps(loss_function, len(EXAMPLES))]
+    assert again == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_size_that_does_not_fit_ends_the_search(tmp_path):
+    def out_of_memory(model, draw):
+        if len(draw.positions) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return loss_function(model, draw)
+
+    trainer = Trainer(model(), CONFIG, tmp_path)
+    assert list(trainer.find_micro_batch(out_of_memory, len(EXAMPLES))) == [1] and trainer.num_micro_batches == 4
+    broken = lambda model, draw: 1 / 0  # noqa: E731
+    with pytest.raises(ZeroDivisionError):
+        trainer.find_micro_batch(broken, len(EXAMPLES))
+
+
+def test_averaged_weights_on_another_device_are_the_same(tmp_path):
+    beside, _ = trained(tmp_path / "a")
+    apart, _ = trained(tmp_path / "b", replace(CONFIG, ema_device="cpu"))
+    assert torch.equal(beside.ema.shadow_params[0], apart.ema.shadow_params[0])
+
+
+def test_checkpoints_are_whole_few_and_say_what_they_hold(tmp_path):
+    trainer = Trainer(model(), replace(CONFIG, checkpoint_steps=1), tmp_path, name="unet")
+    for step in trainer.steps(loss_function, len(EXAMPLES)):
+        trainer.scores = {"clip_score": step.step / 10}
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000005", "step_00000006"]
+    assert {path.name for path in trainer.checkpoint.iterdir()} == {"unet", "unet_ema", "optimizer.pt", "step.json"}
+    about = json.loads((trainer.checkpoint / "step.json").read_text())
+    assert about["step"] == 6 and about["scores"] == {"clip_score": 0.6}
+
+
+def test_starting_anew_sets_older_checkpoints_aside(tmp_path):
+    trained(tmp_path)
+    trainer = Trainer(model(), CONFIG, tmp_path)
+    assert trainer.checkpoint is None and (tmp_path / "checkpoints.old" / "step_00000006" / "step.json").exists()
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tmp_path, capsys):
+    _, losses = trained(tmp_path / "whole")
+    trainer, seen = Trainer(model(), CONFIG, tmp_path / "full"), []
+    for step in trainer.steps(loss_function, len(EXAMPLES)):
+        seen.append(step.floats()["loss"])
+        if step.step == 3:
+            with disk_full_beyond(1000), pytest.raises(OSError, match="step 3 could not.*step_00000002 is untouched"):
+                trainer.save()
+        if step.step == 4:
+            full = disk_full_beyond(1000)
+            full.__enter__()
+        if step.step == 5:
+            full.__exit__(None, None, None)
+            assert trainer.checkpoint.name == "step_00000002"
+    assert seen == losses and trainer.checkpoint.name == "step_00000006"
+    assert "warning: the checkpoint of step 4 could not be written" in capsys.readouterr().out
+
+
+def test_too_little_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(ValueError, match="checkpoints: .* GB needed"):
+        next(Trainer(model(), CONFIG, tmp_path).steps(loss_function, len(EXAMPLES)))
+
+
+def test_two_trainings_never_write_to_one_folder(tmp_path):
+    script = "import sys; from pathlib import Path; from bksdm_utils.engine import folder_lock\n"
+    script += "with folder_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    trainer = Trainer(model(), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="another training writes to"):
+        next(trainer.steps(loss_function, len(EXAMPLES)))
+    other.kill()
+    other.wait()
+    assert len(list(trainer.steps(loss_function, len(EXAMPLES)))) == 6
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer, losses = Trainer(model(), replace(CONFIG, trackers=("tensorboard",)), tmp_path), []
+    for step in trainer.steps(loss_function, len(EXAMPLES)):
+        losses.append(step.floats()["loss"])
+        trainer.track(step.floats())
+    events = EventAccumulator(str(tmp_path / "tracker")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
+    assert [e.step for e in events.Scalars("images_per_second")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"trackers": ("mlflow",)}, "tracker 'mlflow'"), ({"optimizer": "lion"}, "unknown optimizer 'lion'")],
+)
+def test_unknown_trackers_and_optimizers_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        replace(CONFIG, **settings)
+
+
+def test_without_bitsandbytes_its_optimizer_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="pip install 'bksdm_utils\\[gpu\\]'"):
+        Trainer(model(), replace(CONFIG, optimizer="adamw_8bit"), tmp_path)
+
+
 PROCESS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from dataclasses import replace
 from pathlib import Path
 import torch
 from test_engine import CONFIG, EXAMPLES, Trainer, loss_function, model
-folder, batch_size, steps = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-trainer = Trainer(model(), replace(CONFIG, batch_size=batch_size), folder, resume=True)
+folder, steps = Path(sys.argv[2]), int(sys.argv[3])
+trainer = Trainer(model(), CONFIG, folder, resume=True)
 losses = []
 for step in trainer.steps(loss_function, len(EXAMPLES)):
     losses.append(step.floats()["loss"])
@@ -220,7 +339,7 @@ def run_processes(count, folder, steps):
     script = folder / "process.py"
     folder.mkdir(exist_ok=True)
     script.write_text(PROCESS)
-    arguments = [str(Path(__file__).parent), str(folder), str(4 // count), str(steps)]
+    arguments = [str(Path(__file__).parent), str(folder), str(steps)]
     done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -260,9 +379,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     chance, kills = random.Random(0), 0
     for _ in range(30):
         child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        checkpoint = tmp_path / "killed" / "checkpoint.pt"
-        stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while child.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == stamp):
+        log = tmp_path / "killed" / "log.csv"
+        stamp = log.stat().st_mtime_ns if log.exists() else 0
+        while child.poll() is None and (not log.exists() or log.stat().st_mtime_ns == stamp):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.2))  # somewhere in the first steps after it got going
         if child.poll() is not None:

@@ -1,0 +1,106 @@
+"""Training in processes of its own, which outlive the notebook that started them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from .presets import ROOT
+from .run import write_json
+
+LOG, NOTE = "train.log", "process.json"
+
+
+def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill") -> None:
+    """Starts `accelerate launch -m MODULE --config FOLDER/config.json`, unless a training is at work there already.
+
+    Raises:
+        ValueError: one is at work there with another config.json.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("resume", None)
+    if running(folder):
+        if _note(folder)["config"] != config:
+            raise ValueError(f"a training with other settings is at work in {folder}: wait for it, or stop it by "
+                             f"bksdm_utils.processes.stop, or use another output_dir")  # fmt: skip
+        print("a training is at work here already: watching it")
+        return
+    several = ["--multi_gpu"] if num_processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               "-m", module, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // num_processes))  # threads that outnumber cores only spin
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+    with (folder / LOG).open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    about = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "host": socket.gethostname()}
+    write_json(folder / NOTE, {**about, "num_processes": num_processes, "config": config})
+
+
+def running(folder: Path) -> bool:
+    """Whether a training that `launch` started for this folder is at work on this machine."""
+    return _launcher(folder) is not None
+
+
+def follow(folder: Path, every: float = 1.0) -> Iterator[None]:
+    """Yields every so many seconds until the training ends. Interrupting this leaves the training at work.
+
+    Raises:
+        RuntimeError: the training ended before its last step; its own last words are in the message.
+    """
+    try:
+        while running(folder):
+            yield
+            time.sleep(every)
+    except KeyboardInterrupt:
+        print("the training goes on in its own processes: run this again to watch it; to end it with a checkpoint, "
+              "bksdm_utils.processes.stop(run.dir)")  # fmt: skip
+        raise
+    if not finished(folder):
+        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        raise RuntimeError(f"the training in {folder} ended before its last step; resume=True goes on from its newest "
+                           f"checkpoint. The end of {LOG}:\n" + "\n".join(last))  # fmt: skip
+
+
+def stop(folder: Path) -> None:
+    """Asks the training to end after the step in progress, with a checkpoint; returns at once."""
+    launcher = _launcher(folder)
+    for process in launcher.children(recursive=True) if launcher else ():
+        process.terminate()
+
+
+def mark_finished(folder: Path) -> None:
+    """What the training itself says at its end."""
+    (folder / NOTE).with_suffix(".finished").touch()
+
+
+def finished(folder: Path) -> bool:
+    """Whether the training came to its last step since it was launched."""
+    mark = (folder / NOTE).with_suffix(".finished")
+    return mark.exists() and mark.stat().st_mtime >= _note(folder)["started"]
+
+
+def _note(folder: Path) -> dict:
+    path = folder / NOTE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _launcher(folder: Path) -> psutil.Process | None:
+    note = _note(folder)
+    if note.get("host") != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(note["pid"])
+        same = process.create_time() == note["started"]  # numbers of processes are used again
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,248 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import disk_full_beyond
+from PIL import Image
+from safetensors import safe_open
+
+from bksdm_utils import latents
+from bksdm_utils.engine import Draw
+from bksdm_utils.latents import LatentDataset, StreamedDataset, load_latents
+from bksdm_utils.presets import find_preset
+from bksdm_utils.sampling import load_pipeline
+
+
+def picture(number, size=(40, 36)):
+    noise = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def pipeline(pipeline_dir):
+    return load_pipeline(pipeline_dir)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten pictures, the third of which is none."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(10):
+        (place / f"{i}.png").write_bytes(picture(i) if i != 3 else b"no picture")
+    rows = "".join(f"{i}.png,caption {i}\n" for i in range(10))
+    (place / "metadata.csv").write_text("file_name,text\n" + rows)
+    return place
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_SIZE", 4)
+
+
+def preset(place, **settings):
+    return find_preset("sd-v1.4", train_data_dir=str(place), resolution=64, **settings)
+
+
+def write_shards(folder, kind, count=20, per_shard=7, bad=()):
+    """Parquet or WebDataset shards as `datasets` and img2dataset write them; pictures in `bad` are none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, start in enumerate(range(0, count, per_shard)):
+        numbers = range(start, min(count, start + per_shard))
+        pictures = [picture(i) if i not in bad else b"no picture" for i in numbers]
+        if kind == "parquet":
+            rows = [{"image": {"bytes": p, "path": f"{i}.png"}, "text": f"caption {i}"}
+                    for i, p in zip(numbers, pictures, strict=True)]  # fmt: skip
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{shard}.parquet")
+            continue
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i, data in zip(numbers, pictures, strict=True):
+                for name, content in ((f"{i:04}.png", data), (f"{i:04}.txt", f"caption {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+# --- the cache
+
+
+def test_a_build_that_was_killed_goes_on_where_it_stopped(folder, pipeline, tmp_path, small_shards, monkeypatch):
+    whole = load_latents(preset(folder), pipeline, tmp_path / "whole")
+    encode, calls = latents.encode, []
+
+    def killed_at_the_second(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(latents, "encode", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        load_latents(preset(folder), pipeline, tmp_path / "cut")
+    resumed = load_latents(preset(folder), pipeline, tmp_path / "cut")
+    assert calls == [range(0, 4), range(4, 8), range(4, 8), range(8, 10)]  # the first shard was kept
+    for one, other in zip(*(sorted((tmp_path / n).rglob("*.safetensors")) for n in ("whole", "cut")), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert resumed.captions == whole.captions and len(resumed) == 9
+
+
+def test_a_shard_that_is_cut_off_is_made_again(folder, pipeline, tmp_path, small_shards):
+    whole = load_latents(preset(folder), pipeline, tmp_path)
+    shard = next(tmp_path.rglob("00001.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    again = load_latents(preset(folder), pipeline, tmp_path)
+    assert shard.read_bytes() == content and again.captions == whole.captions
+
+
+def test_a_full_disk_keeps_the_shards_before_it(folder, pipeline, tmp_path, small_shards):
+    with disk_full_beyond(2000), pytest.raises(OSError, match="shard 1/3 could not be written.*Make room"):
+        load_latents(preset(folder), pipeline, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(load_latents(preset(folder), pipeline, tmp_path / "cache")) == 9
+
+
+def test_too_little_disk_is_said_before_encoding(folder, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents.check_disk.__globals__["shutil"], "disk_usage", lambda _: type("U", (), {"free": 10}))
+    with pytest.raises(ValueError, match="the cache of latents: .* GB needed"):
+        load_latents(preset(folder), pipeline, tmp_path / "cache")
+
+
+def test_latents_stay_on_disk_and_any_place_is_found(folder, pipeline, tmp_path, small_shards):
+    data = load_latents(preset(folder), pipeline, tmp_path)
+    order = [8, 0, 3, 5, 2]  # over all three shards
+    mean, std = data.moments(order, [0, 1, 0, 1, 0])
+    whole = [safe_open(path, "pt") for path in sorted(tmp_path.rglob("*.safetensors"))]
+    for name, found in (("mean", mean), ("std", std)):
+        expected = torch.cat([file.get_tensor(name) for file in whole]).float()
+        assert torch.equal(
+            found, torch.stack([expected[i, side] for i, side in zip(order, [0, 1, 0, 1, 0], strict=True)])
+        )
+    assert data.captions[3] == "caption 4"  # picture 3 is set aside, the captions move up with the latents
+    assert torch.equal(data.token_ids[3], latents.token_ids(pipeline, ["caption 4"])[0])
+
+
+def test_processes_share_the_shards(folder, pipeline, tmp_path, small_shards, monkeypatch):
+    whole = load_latents(preset(folder), pipeline, tmp_path / "whole")
+    written = []
+
+    def write(path, *rest):
+        written.append(path.name)
+        return original(path, *rest)
+
+    original = latents._write_shard
+    monkeypatch.setattr(latents, "_write_shard", write)
+    monkeypatch.setattr(latents, "LatentDataset", lambda *_: None)  # the other process's shards are not there yet
+    for index in (1, 0):
+        monkeypatch.setattr(latents, "shared_work", lambda count, _, index=index: range(index, count, 2))
+        load_latents(preset(folder), pipeline, tmp_path / "shared")
+    assert written == ["00001.safetensors", "00000.safetensors", "00002.safetensors"]
+    monkeypatch.setattr(latents, "LatentDataset", LatentDataset)
+    assert load_latents(preset(folder), pipeline, tmp_path / "shared").captions == whole.captions
+
+
+def test_a_picture_with_several_captions_is_told_one_of_them(tmp_path, pipeline):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [["a", "b", "c"], "", ["only", ""]]
+    rows = [{"image": {"bytes": picture(i), "path": None}, "texts": t if t else [""]} for i, t in enumerate(texts)]
+    (tmp_path / "shards").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet")
+    data = load_latents(preset(tmp_path / "shards", caption_column="texts"), pipeline, tmp_path / "cache")
+    assert data.captions == ["a", "only"] and [name for name, _ in data.skipped] == ["row 1"]
+    known = latents.token_ids(pipeline, ["a", "b", "c", "only"]).tolist()
+    seen = [ids for step in range(20) for ids in data.batch(Draw(0, step, range(2), 2, 2))[1].tolist()]
+    assert {known.index(ids) for ids in seen} == {0, 1, 2, 3}
+
+
+def test_captions_of_any_length_are_taken(tmp_path, pipeline):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png," + "red cat " * 1250 + "\n")
+    data = load_latents(preset(tmp_path), pipeline, tmp_path / "cache")
+    assert len(data.captions[0]) == 9_999 and data.token_ids.shape == (1, pipeline.tokenizer.model_max_length)
+
+
+# --- tables and streams
+
+
+@pytest.mark.parametrize(("kind", "image", "caption"), [("parquet", "image", "text"), ("tar", "png", "txt")])
+def test_shards_are_read_as_a_whole_or_as_they_come(kind, image, caption, tmp_path, pipeline, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    place = write_shards(tmp_path / "shards", kind, bad=(4,))
+    columns = {"image_column": image, "caption_column": caption}
+    whole = load_latents(preset(place, **columns), pipeline, tmp_path / "cache")
+    assert whole.captions == [f"caption {i}" for i in range(20) if i != 4]
+    assert [name for name, _ in whole.skipped] == ["row 4"]
+    stream = StreamedDataset(preset(place / f"*.{kind}", streaming=True, **columns), pipeline)
+    ids = [row for step in range(5) for row in stream.batch(Draw(0, step, range(4), 4, None))[1].tolist()]
+    known = latents.token_ids(pipeline, [f"caption {i}" for i in range(20)]).tolist()
+    seen = sorted(known.index(row) for row in ids)
+    assert 4 not in seen and len(set(seen)) == 19 and len(stream.skipped) == 1  # its place took the next row
+
+
+def test_a_stream_gives_each_place_the_same_whatever_the_processes_and_interruptions(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "parquet")
+    settings = preset(place, streaming=True)
+
+    def batches(steps, positions):
+        stream = StreamedDataset(settings, pipeline)
+        return [torch.cat([stream.batch(Draw(0, s, p, 4, None))[0] for p in positions]) for s in steps]
+
+    whole = batches(range(12), [range(4)])  # 48 rows: into the third epoch
+    assert not torch.equal(whole[0], whole[5])
+    for other in (batches(range(12), [range(0, 2), range(2, 4)]), batches(range(12), [[i] for i in range(4)])):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[7:], batches(range(7, 12), [range(4)]), strict=True))
+
+
+def test_a_stream_samples_the_latents_that_the_cache_would_hold(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "parquet", count=1)
+    cached = load_latents(preset(place), pipeline, tmp_path / "cache")
+    streamed = StreamedDataset(preset(place, streaming=True), pipeline)
+    for step in range(4):  # both flips come up
+        one = cached.batch(Draw(0, step, range(2), 2, 1))
+        other = streamed.batch(Draw(0, step, range(2), 2, None))
+        assert torch.allclose(one[0], other[0], atol=5e-3) and torch.equal(one[1], other[1])  # fp16 in the cache
+
+
+def test_a_broken_shard_is_set_aside(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "tar")
+    (place / "1.tar").write_bytes((place / "1.tar").read_bytes()[:700])
+    stream = StreamedDataset(preset(place, streaming=True, image_column="png", caption_column="txt"), pipeline)
+    for step in range(4):
+        stream.batch(Draw(0, step, range(4), 4, None))
+    assert any(name == "shard 1" for name, _ in stream.skipped)
+
+
+def test_a_stream_of_nothing_usable_says_so(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "parquet", count=3, bad=(0, 1, 2))
+    with pytest.raises(ValueError, match="none of 4 rows is usable"):
+        StreamedDataset(preset(place, streaming=True), pipeline).batch(Draw(0, 0, range(4), 4, None))
+
+
+def test_missing_columns_and_data_sets_are_named(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "parquet", count=3)
+    with pytest.raises(ValueError, match="has the columns image, text: it lacks caption; name others by"):
+        StreamedDataset(preset(place, streaming=True, caption_column="caption"), pipeline)
+    with pytest.raises(ValueError, match="nobody/nothing cannot be opened.*needs a network"):
+        load_latents(preset("nobody/nothing"), pipeline, tmp_path)
+    with pytest.raises(ValueError, match="streaming needs shards"):
+        find_preset("storybook", streaming=True)
+
+
+def test_random_conditioning_has_other_captions_in_both_kinds_of_data(tmp_path, pipeline):
+    place = write_shards(tmp_path / "shards", "parquet")
+    for data in (load_latents(preset(place), pipeline, tmp_path / "cache"),
+                 StreamedDataset(preset(place, streaming=True), pipeline)):  # fmt: skip
+        draw = Draw(0, 0, range(4), 4, data.num_examples)
+        own, others = data.batch(draw)[1], data.other_token_ids(draw)
+        assert others.shape == own.shape and not torch.equal(own, others)
