@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup workbook test lab lint requirements clean
+.PHONY: help setup workbook test bench lab lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,11 +26,14 @@ workbook: .venv/ready ## run all notebooks on the storybook preset; results, pic
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest
 
+bench: .venv/ready ## distillation's speed beside a plain loop, as a ratio, in about ten minutes
+	$(BIN)/python benchmarks/kd.py
+
 lab: .venv/ready ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 lint: .venv/ready ## check the style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils benchmarks tests
 
 requirements: .venv/ready ## compile requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --quiet \

@@ -29,9 +29,11 @@ SHARD_SIZE = 1024  # examples in one file of the cache: 134 MB at 512 pixels wit
 SHUFFLE_BUFFER = 1000  # rows among which a stream is shuffled
 
 
-def load_data(preset: Preset, pipeline: DiffusionPipeline, seed: int = 0) -> LatentDataset | StreamedDataset:
+def load_data(
+    preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None, seed: int = 0
+) -> LatentDataset | StreamedDataset:
     """The preset's training data: from the cache, or where it is streamed as it comes, in an order of `seed`."""
-    return StreamedDataset(preset, pipeline, seed) if preset.streaming else load_latents(preset, pipeline)
+    return StreamedDataset(preset, pipeline, seed) if preset.streaming else load_latents(preset, pipeline, cache_dir)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -76,10 +78,12 @@ class LatentDataset:
         """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w); side 1 is the mirrored picture."""
         pairs = zip(indices, sides, strict=True)
         places = [(int(np.searchsorted(self._starts, i, "right")) - 1, i, side) for i, side in pairs]
-        return tuple(
-            torch.stack([self._files[s].get_slice(name)[i - int(self._starts[s]), side] for s, i, side in places])
-            .float() for name in ("mean", "std")
-        )  # fmt: skip
+
+        def found(name: str) -> torch.Tensor:
+            slices = [self._files[s].get_slice(name)[i - int(self._starts[s]), side] for s, i, side in places]
+            return torch.stack([moment.float() for moment in slices])
+
+        return found("mean"), found("std")
 
     def batch(self, draw: Draw, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""

@@ -17,6 +17,7 @@ from .presets import ROOT
 from .run import write_json
 
 LOG, NOTE = "train.log", "process.json"
+LAST_WORDS = ("failed: ", "stopped by ")  # how a training's own last line begins, among its launcher's tracebacks
 
 
 def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill") -> None:
@@ -66,9 +67,10 @@ def follow(folder: Path, every: float = 1.0) -> Iterator[None]:
               "bksdm_utils.processes.stop(run.dir)")  # fmt: skip
         raise
     if not finished(folder):
-        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith(LAST_WORDS)] or lines[-12:]
         raise RuntimeError(f"the training in {folder} ended before its last step; resume=True goes on from its newest "
-                           f"checkpoint. The end of {LOG}:\n" + "\n".join(last))  # fmt: skip
+                           f"checkpoint. {LOG} says:\n" + "\n".join(said))  # fmt: skip
 
 
 def stop(folder: Path) -> None:

@@ -124,17 +124,15 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     """
     path = find_notebook(notebook)
     given = {name: variables[name] for name in parameters_of(path)}
-    check_parameters(path, given)
     import torch
 
-    preset = find_preset(given.get("preset", "storybook"), **{k: v for k, v in given.items() if k != "preset"})
+    config, preset = configure(path, given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan, seed = requested_plan(given), given.get("seed") or 0
     variant = plan.name if plan else None
     folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / folder_name(preset.name, variant))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
-    config = {**given, "resolved": asdict(preset)}
     write_json(folder / "config.json", config)
     free = ("variant", "output_dir")
     changed = {name for name, value in parameters_of(path).items() if given[name] != value and name not in free}
@@ -142,6 +140,18 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     run = Run(notebook, preset, variant, plan, seed, device, folder, config, provenance(device), standard)
     print(describe(run))
     return run
+
+
+def configure(notebook: Path, given: Mapping[str, object]) -> tuple[dict, Preset]:
+    """Every parameter of a notebook, the given ones in place, and as `resolved` the preset they come to; and that.
+
+    Raises:
+        ValueError: an unknown parameter, preset or variant, or a number out of range.
+    """
+    check_parameters(notebook, given)
+    values = {**parameters_of(notebook), **given}
+    preset = find_preset(values.get("preset", "storybook"), **{k: v for k, v in values.items() if k != "preset"})
+    return {**values, "resolved": asdict(preset)}, preset
 
 
 def requested_plan(parameters: Mapping[str, object]) -> RemovalPlan | None:

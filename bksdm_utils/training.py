@@ -20,7 +20,7 @@ from . import distill, processes, surgery
 from .engine import Log, Step, Trainer, TrainingConfig, folder_lock, read_log
 from .latents import LatentDataset, StreamedDataset, load_data
 from .presets import Preset
-from .run import requested_plan
+from .run import configure, find_notebook, literal, requested_plan, write_json
 from .sampling import Pipeline, load_pipeline, with_unet
 from .scores import Scorer
 from .surgery import RemovalPlan
@@ -142,7 +142,7 @@ def prepare(config: Mapping[str, object], folder: Path, device: str = "cpu") -> 
         if config["compiled"]:
             unet.compile()
     return Training(
-        config, settings, plan, folder, pipe, student, load_data(settings, pipe, seed),
+        config, settings, plan, folder, pipe, student, load_data(settings, pipe, config["cache_dir"], seed),
         distill.TextCondition(pipe, settings.resolution), DDPMScheduler.from_config(pipe.scheduler.config),
         distill.tap_pairs(plan, pipe.unet.config, config["kd"]), Scorer(settings, device, seed),
     )  # fmt: skip
@@ -210,19 +210,30 @@ def describe(training: Training) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains as a config.json says, in as many processes as it is launched in."""
     parser = argparse.ArgumentParser(prog="python -m bksdm_utils.distill", description=main.__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="config.json of a run of notebook 03")
-    path = parser.parse_args(arguments).config
-    config, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
+    parser.add_argument("--config", type=Path, required=True, help="config.json in the folder of the run")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="of notebook 03; with any of them config.json is written first")  # fmt: skip
+    chosen = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = PartialState(cpu=device == "cpu")
+    if chosen.parameter and state.is_main_process:
+        chosen.config.parent.mkdir(parents=True, exist_ok=True)
+        given = {name: literal(value) for name, value in chosen.parameter}
+        write_json(chosen.config, configure(find_notebook("03"), given)[0])
+    state.wait_for_everyone()
+    config, folder = json.loads(chosen.config.read_text(encoding="utf-8")), chosen.config.parent
     if device == "cuda":
         torch.cuda.set_device(state.device)
-    with folder_lock(folder) if state.is_main_process else nullcontext():
-        training = prepare(config, folder, device)
-        training.begin(resume=config["resume"])
-        _train_to_the_end(training, loud=state.is_main_process)
-        if state.is_main_process:
-            processes.mark_finished(folder)
+    try:
+        with folder_lock(folder) if state.is_main_process else nullcontext():
+            training = prepare(config, folder, device)
+            training.begin(resume=config["resume"])
+            _train_to_the_end(training, loud=state.is_main_process)
+    except Exception as error:
+        print(f"{processes.LAST_WORDS[0]}{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+        raise
+    if state.is_main_process:
+        processes.mark_finished(folder)
     return 0
 
 

@@ -21,6 +21,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bksdm_utils import storybook
+from bksdm_utils.latents import LatentDataset
 from bksdm_utils.presets import PRESETS, teacher_config
 from bksdm_utils.storybook_training import SCHEDULE, new_tokenizer
 
@@ -102,3 +103,15 @@ def disk_full_beyond(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class MemoryData(LatentDataset):
+    """Latents that were never on a disk: mean and standard deviation (N, F, 4, h, w), one caption for each."""
+
+    def __init__(self, mean, std, token_ids, empty_ids):
+        self.mean, self.std, self.token_ids, self.empty_ids = mean, std, token_ids, empty_ids
+        self.captions, self.shape, self._sides = ["x"] * len(mean), mean.shape[2:], mean.shape[1]
+        self._num_captions, self._first_caption = torch.ones(len(mean), dtype=torch.long), torch.arange(len(mean))
+
+    def moments(self, indices, sides):
+        return self.mean[indices, sides], self.std[indices, sides]

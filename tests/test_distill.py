@@ -1,13 +1,13 @@
 import pytest
 import torch
-from conftest import SD_V1, SDXL
+from conftest import SD_V1, SDXL, MemoryData
 from diffusers import DDPMScheduler
 from PIL import Image
 
 from bksdm_utils import costs, distill, surgery
-from bksdm_utils.data import LatentDataset, token_ids
 from bksdm_utils.distill import Augmentation, Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
 from bksdm_utils.engine import Draw
+from bksdm_utils.latents import token_ids
 from bksdm_utils.sampling import load_pipeline
 
 
@@ -61,7 +61,7 @@ def test_an_sdxl_student_takes_a_distillation_step(kd, checkpointing, pipeline_x
         student.enable_gradient_checkpointing()
     tokens = token_ids(pipe, ["a cat", "a tree at night", "a red boat"])
     assert tokens.shape == (3, 2, 20)
-    data = LatentDataset(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, tokens[:1], ["x"] * 3, [])
+    data = MemoryData(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, tokens[:1])
     pairs, condition = tap_pairs("koala_700m", pipe.unet.config, kd), distill.TextCondition(pipe)
     kd_step = Distillation(pipe.unet, student, condition, DDPMScheduler(), data, pairs, LossWeights())
     losses = kd_step.losses(student, Draw(0, 0, range(3), 3, 3))
@@ -206,10 +206,8 @@ def distillation(teacher, student, plan, weights=None, prediction_type="epsilon"
     torch.manual_seed(2)
     embedding = torch.nn.Embedding(51, 16)
     condition = lambda ids: {"encoder_hidden_states": embedding(ids).detach()}  # noqa: E731
-    data = LatentDataset(
-        torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), torch.arange(6)[:, None].expand(6, 20),
-        torch.full((1, 20), 50), ["x"] * 6, [],
-    )  # fmt: skip
+    ids, empty_ids = torch.arange(6)[:, None].expand(6, 20), torch.full((1, 20), 50)
+    data = MemoryData(torch.randn(6, 2, 4, 8, 8), torch.rand(6, 2, 4, 8, 8), ids, empty_ids)
     pairs = tap_pairs(plan, teacher.config)
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     chosen = Augmentation(**augmentation)

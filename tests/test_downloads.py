@@ -119,7 +119,7 @@ def test_a_part_of_a_longer_older_file_is_thrown_away(server, tmp_path):
 
 def test_too_little_disk_is_said_before_the_download(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_500_000}))
-    with pytest.raises(ValueError, match="make room"):
+    with pytest.raises(ValueError, match="Make room"):
         fetch(Download(f"{server}/file.bin", "file.bin", disk_factor=2.0), tmp_path)
     assert Server.asked == [] and "of disk needed" in capsys.readouterr().out
 

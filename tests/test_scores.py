@@ -2,12 +2,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bksdm_utils import storybook
 from bksdm_utils.presets import ROOT, find_preset
-from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, zero_shot_accuracy
+from bksdm_utils.sampling import load_pipeline, with_unet
+from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, fid, zero_shot_accuracy
+from bksdm_utils.surgery import build_student
 
 STORYBOOK = ROOT / "data" / "storybook"
 
@@ -57,7 +61,26 @@ def test_accuracy_needs_pictures_of_one_thing(judge, real):
 def test_without_a_judge_nothing_is_scored():
     scorer = Scorer(find_preset("sd-v1.4"))
     assert scorer.captions == list(PROMPTS) and scorer.scores([]) == {}
-    assert scorer.proxy(None) != scorer.proxy(None)  # NaN
+    assert all(value != value for value in scorer.proxy(None).values())  # NaN
+
+
+def test_fid_is_the_distance_of_gaussians():
+    chance = torch.Generator().manual_seed(0)
+    a, b = torch.randn(400, 3, generator=chance).double(), torch.randn(400, 3, generator=chance).double()
+    assert fid(a, a) == pytest.approx(0, abs=1e-6) and fid(a, a + torch.tensor([3.0, 4, 0])) == pytest.approx(25)
+    one, other = (torch.from_numpy(np.cov(x.numpy(), rowvar=False)) for x in (a, 2 * b))
+    roots = torch.linalg.eigvals(one @ other).real.sqrt().sum()  # trace of the matrix square root
+    expected = (a.mean(0) - 2 * b.mean(0)).square().sum() + one.trace() + other.trace() - 2 * roots
+    assert fid(a, 2 * b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_proxy_tells_the_teacher_from_a_cut_student():
+    scorer = Scorer(find_preset("storybook", num_images=1, num_validation_images=16))
+    pipe = load_pipeline(scorer.settings.teacher)
+    teacher, cut = scorer.proxy(pipe), scorer.proxy(with_unet(pipe, build_student(pipe.unet, "bk_small")))
+    assert teacher["clip_score"] > cut["clip_score"] + 0.5 and teacher["fid"] < cut["fid"]
+    tested = {scene.caption for scene in scorer.scenes}
+    assert not tested & {scene.caption for scene in scorer.validation_scenes}
 
 
 def test_the_committed_scores_hold_the_bar():

@@ -118,12 +118,14 @@ def test_a_feature_map_is_the_strength_over_channels():
 def test_curves_without_a_judge_have_no_empty_panel():
     rows = [{"step": s, "loss_task": 1.0, "loss_output": 1.0, "loss_feature": 1.0, "feature/up": 1.0} for s in (1, 2)]
     nan = float("nan")
-    assert len(show.training_curves(rows, [{"step": 0, "clip_score": nan}], nan).axes) == 2
-    figure = show.training_curves(rows, [{"step": 0, "clip_score": 0.1}, {"step": 2, "clip_score": 0.4}], 0.5)
-    assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "feature loss of each tap", "proxy CLIP score"]
+    unjudged = {"clip_score": nan, "fid": nan}
+    assert len(show.training_curves(rows, [{"step": 0, **unjudged}], unjudged).axes) == 2
+    scored = [{"step": s, "clip_score": 0.1 * s, "fid": 9.0 - s} for s in (0, 2)]
+    titles = [axis.get_ylabel() for axis in show.training_curves(rows, scored, {"clip_score": 0.5, "fid": 1.0}).axes]
+    assert titles == ["loss", "feature loss of each tap", "proxy CLIP score", "proxy FID"]
 
 
 def test_a_finished_run_that_is_resumed_can_still_draw_its_curves():
-    live = show.Live(max_train_steps=1, goal=0.5)
+    live = show.Live(max_train_steps=1, goal={"clip_score": 0.5, "fid": 1.0})
     row = {"step": 1, "loss_task": 1.0, "loss_output": 1.0, "loss_feature": 1.0}
-    assert live.draw([row], [{"step": 1, "clip_score": 0.2}]).axes
+    assert live.draw([row], [{"step": 1, "clip_score": 0.2, "fid": 3.0}]).axes

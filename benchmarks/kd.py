@@ -1,0 +1,252 @@
+"""How fast distillation learns: ours beside a plain loop with the original's published settings, on one machine.
+
+    python benchmarks/kd.py                                              # storybook, a few minutes on a CPU
+    python benchmarks/kd.py --preset sd-v1.4 --variant bk_base --batch-size 64    # random weights, for a GPU
+
+Every measurement is a process of its own; plain and ours take turns, and the ratio of their medians is what counts,
+for machines differ and are seldom idle. The plain loop does what BK-SDM's kd_train.sh of 2023 asks for: autoencoder and
+text encoder in the loop, pictures opened and cropped in the main process, gradient checkpointing, four losses read by
+the host in every step, EMA tensor by tensor, default memory format. It is written from those facts, not copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from bksdm_utils import costs, distill, run, storybook, surgery, training
+from bksdm_utils.data import to_pixels
+from bksdm_utils.engine import memory
+from bksdm_utils.presets import ROOT, Preset, find_preset, model_config, teacher_config
+from bksdm_utils.run import print_table, provenance, write_json
+from bksdm_utils.sampling import load_pipeline
+
+WARM_UP = 3  # optimizer steps that are not counted
+FOLDER = ROOT / "outputs" / "benchmark"
+
+
+def pictures(folder: Path, resolution: int, count: int = 256) -> Path:
+    """An image-text folder of storybook scenes at about the size that training asks for."""
+    if not (folder / "metadata.csv").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = ["file_name,text"]
+        for seed in range(count):
+            scene = storybook.sample_scene(seed)
+            side = max(storybook.SIZE, resolution * 5 // 4)
+            storybook.render(scene, seed).resize((side, side)).save(folder / f"{seed}.jpg", quality=90)
+            rows.append(f"{seed}.jpg,{scene.caption}")
+        (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def random_teacher(preset, folder: Path) -> Path:
+    """A whole Stable Diffusion of the preset's size with random weights, and the storybook's small tokenizer."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    if (folder / "model_index.json").exists():
+        return folder
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "data" / "storybook" / "clip")
+    tokenizer.model_max_length = model_config(preset.configs, "text_encoder").get("max_position_embeddings", 77)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(teacher_config(preset, "vae")), tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**teacher_config(preset, "text_encoder"))),
+        unet=surgery.random_unet(teacher_config(preset)),
+        scheduler=PNDMScheduler.from_config(teacher_config(preset, "scheduler")),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+class Pictures(Dataset):
+    """An image-text folder, opened and cropped whenever asked for."""
+
+    def __init__(self, folder: Path, resolution: int, tokenizer):
+        rows = [line.split(",", 1) for line in (folder / "metadata.csv").read_text().splitlines()[1:]]
+        self.paths, captions = [folder / name for name, _ in rows], [text for _, text in rows]
+        self.ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        self.resolution = resolution
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        return to_pixels(Image.open(self.paths[i]), self.resolution), self.ids[i]
+
+
+def plain(config: dict, device: str) -> Iterator[int]:
+    """The plain loop; yields the number of pictures of every step."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    settings = Preset(**config["resolved"])
+    pipe = load_pipeline(settings.teacher, device)
+    student = surgery.build_student(pipe.unet, settings.variant)
+    for unet in (pipe.unet, student):
+        unet.to(memory_format=torch.contiguous_format)
+    student.enable_gradient_checkpointing()
+    student.train()
+    dtype = training.DTYPES[training.precision(settings, device)]
+    pipe.to(dtype=dtype)
+    kept = {"teacher": {}, "student": {}}
+    pairs = distill.tap_pairs(settings.variant, pipe.unet.config)
+    for which, unet, place in (("teacher", pipe.unet, 0), ("student", student, 1)):
+        for pair in pairs:
+            keep = lambda _m, _i, out, n=pair, w=which: kept[w].update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
+            unet.get_submodule(pair[place]).register_forward_hook(keep)
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
+    ema = EMAModel(student.parameters(), decay=settings.ema_decay)
+    data = Pictures(Path(settings.train_data_dir), settings.resolution, pipe.tokenizer)
+    loader = DataLoader(data, settings.batch_size, shuffle=True, drop_last=True)
+    while True:
+        for pixels, ids in loader:
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                latents = (
+                    pipe.vae.encode(pixels.to(device, dtype)).latent_dist.sample() * pipe.vae.config.scaling_factor
+                )
+                noise = torch.randn_like(latents)
+                timesteps = torch.randint(0, schedule.config.num_train_timesteps, (len(latents),), device=device)
+                noisy, text = schedule.add_noise(latents, noise, timesteps), pipe.text_encoder(ids.to(device))[0]
+                by_teacher = pipe.unet(noisy, timesteps, text).sample
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                by_student = student(noisy, timesteps, text).sample
+                target = distill.training_target(schedule, latents, noise, timesteps)
+                task = F.mse_loss(by_student.float(), target.float())
+                output = F.mse_loss(by_student.float(), by_teacher.float())
+                feature = sum(F.mse_loss(kept["student"][p].float(), kept["teacher"][p].float()) for p in pairs)
+                loss = task + output + feature
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(student.parameters())
+            for value in (loss, task, output, feature):
+                value.item()
+            yield len(pixels)
+
+
+def ours(config: dict, device: str, folder: Path) -> Iterator[int]:
+    """The workbook's own loop, cache and all, as notebook 03 and its command run it."""
+    job = training.prepare(config, folder, device)
+    job.begin(resume=False)
+    for step in job.trainer.steps(job.distillation.losses, job.data.num_examples):
+        job.log.append(step.floats())
+        yield job.trainer.config.global_batch_size
+
+
+def measure(mode: str, config: dict, folder: Path, steps: int) -> None:
+    """Runs one loop and writes what it did; called in a process of its own, or in several that share the work."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loop = plain(config, device) if mode == "plain" else ours(config, device, folder)
+    for _ in range(WARM_UP):
+        next(loop)
+    started, images = time.perf_counter(), 0
+    for _ in range(steps):
+        images += next(loop)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rate = images / (time.perf_counter() - started)
+    write_json(folder / "measured.json", {"images_per_second": rate, "seconds_per_step": images / steps / rate,
+                                          "memory_gb": memory(), **provenance(device)})  # fmt: skip
+
+
+def in_processes(mode: str, number: int, config: dict, folder: Path, steps: int) -> dict:
+    """`measure` in `number` fresh processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    alone = [sys.executable]
+    several = [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    command = [*(alone if number == 1 else several), __file__, "--measure", mode, "--folder", str(folder),
+               "--steps", str(steps)]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "measured.json").read_text())
+
+
+def configure(chosen: argparse.Namespace, variant: str) -> dict:
+    """The parameters of notebook 03 for one measurement, and as `resolved` the preset with them in place."""
+    preset = find_preset(chosen.preset)
+    teacher = chosen.teacher
+    if teacher is None and chosen.preset != "storybook":
+        teacher = str(random_teacher(preset, FOLDER / f"teacher-{chosen.preset}"))
+    resolution = chosen.resolution or preset.resolution
+    changes = {
+        "preset": chosen.preset, "variant": variant, "teacher": teacher, "resolution": resolution,
+        "train_data_dir": str(pictures(FOLDER / f"pictures-{resolution}", resolution)),
+        "cache_dir": str(FOLDER / "cache"),
+        "batch_size": chosen.batch_size, "gradient_accumulation_steps": 1, "max_train_steps": WARM_UP + chosen.steps,
+        "validation_steps": 10**6, "gradient_checkpointing": chosen.gradient_checkpointing, "compiled": chosen.compiled,
+        "optimizer": chosen.optimizer,
+    }  # fmt: skip
+    return run.configure(run.find_notebook("03"), changes)[0]
+
+
+def tera_operations(config: dict, variant: str, resolution: int) -> float:
+    """10^12 operations that one picture costs: the teacher forward, the student forward and backward."""
+    teacher = teacher_config(find_preset(config["preset"]))
+    student = surgery.student_config(teacher, variant)
+    factor = 2 ** (len(teacher_config(find_preset(config["preset"]), "vae")["block_out_channels"]) - 1)
+    macs = [costs.count(c, resolution // factor).macs_with_attention for c in (teacher, student)]
+    return 2 * (macs[0] + 3 * macs[1]) / 1e12
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="storybook")
+    parser.add_argument("--variant", default="bk_small", help="one, or several with commas")
+    parser.add_argument("--teacher", help="a pipeline's folder; without, presets of the hub get random weights")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", default="plain,ours1,ours2", help="plain, or ours and the number of processes")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for ours; plain always has it")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--output", type=Path, default=FOLDER / "kd.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.measure:
+        config = json.loads((chosen.folder / "config.json").read_text())
+        return measure(chosen.measure, config, chosen.folder, chosen.steps)
+    results = [compare(chosen, variant) for variant in chosen.variant.split(",")]
+    write_json(chosen.output, results)
+
+
+def compare(chosen: argparse.Namespace, variant: str) -> dict:
+    """All modes in turn, round after round; prints a table of medians and gives them back."""
+    config, found = configure(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
+    for turn in range(chosen.rounds):
+        for mode in found:
+            number = int(mode.removeprefix("ours")) if mode != "plain" else 1
+            kind = "plain" if mode == "plain" else "ours"
+            found[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
+            print(f"round {turn + 1} {variant} {mode}: {found[mode][-1]['images_per_second']:.2f} images/s", flush=True)
+    medians = {mode: statistics.median(m["images_per_second"] for m in runs) for mode, runs in found.items()}
+    tera = tera_operations(config, variant, config["resolved"]["resolution"])
+    first = next(iter(medians.values()))
+    print_table(
+        ("loop", "images/s", "s per step", "TFLOP/s", "memory GB", "ratio"),
+        [(mode, f"{rate:.2f}", f"{chosen.batch_size / rate:.3f}", f"{tera * rate:.3f}",
+          f"{max(m['memory_gb'] for m in found[mode]):.2f}", f"{rate / first:.2f}") for mode, rate in medians.items()],
+    )  # fmt: skip
+    return {"preset": chosen.preset, "variant": variant, "batch_size": chosen.batch_size, "medians": medians,
+            "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": found}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Whole distillation runs: with and without a notebook, in several processes, killed, in half precision."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from bksdm_utils import processes, training
+from bksdm_utils.engine import read_log
+from bksdm_utils.run import configure, find_notebook, write_json
+
+
+def write_config(folder, **parameters):
+    """What run.start writes for notebook 03 with these parameters."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", configure(find_notebook("03"), parameters)[0])
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture
+def narrow(tmp_path, pipeline_dir):
+    """Parameters of a narrow SD-v1 teacher and eight pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(chance.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,a cat {i}\n" for i in range(8)))
+    return {
+        "preset": "sd-v1.4", "variant": "bk_small", "teacher": str(pipeline_dir), "train_data_dir": str(folder),
+        "cache_dir": str(tmp_path / "cache"), "resolution": 64, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "max_train_steps": 6, "validation_steps": 2,
+    }  # fmt: skip
+
+
+def trained(folder, **parameters):
+    """A run in this process, as the notebook does it; its rows and the raw weights of its last step."""
+    job = training.prepare(write_config(folder, **parameters), folder)
+    rows = [rows for rows, _ in job.progress()][-1]
+    return rows, {name: tensor.clone() for name, tensor in job.student.state_dict().items()}
+
+
+def without_clock(rows):
+    """What of a log must not depend on the machine's mood."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "memory_gb")} for r in rows]
+
+
+def losses(rows):
+    return [row["loss"] for row in rows]
+
+
+def newest(folder, part="unet"):
+    last = max((folder / "checkpoints").glob("step_*"))
+    return load_file(last / part / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_command_trains_what_the_notebook_trains(narrow, tmp_path):
+    rows, weights = trained(tmp_path / "notebook", **narrow)
+    folder = tmp_path / "command"
+    given = [word for name, value in narrow.items() for word in ("-p", name, str(value))]
+    assert training.main(["--config", str(folder / "config.json"), *given]) == 0
+    assert without_clock(read_log(folder / "log.csv")) == without_clock(rows)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in newest(folder).items())
+    assert [row["step"] for row in read_log(folder / "validation.csv")] == [0, 2, 4, 6]
+
+
+def test_a_checkpoint_of_another_variant_is_refused(narrow, tmp_path):
+    trained(tmp_path / "run", **narrow)
+    with pytest.raises(ValueError, match="written with other settings .*bk_small.*bk_tiny"):
+        trained(tmp_path / "run", **{**narrow, "variant": "bk_tiny", "resume": True})
+
+
+def test_fewer_pictures_than_a_batch_are_shown_again(narrow, tmp_path):
+    rows, _ = trained(tmp_path / "run", **{**narrow, "batch_size": 12, "max_train_steps": 2})
+    assert len(rows) == 2 and all(np.isfinite(losses(rows)))
+
+
+@pytest.fixture
+def another_precision():
+    """accelerate lets a process train in one precision only, unless told to forget it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_half_precision_keeps_full_weights_and_draws(narrow, tmp_path, monkeypatch, another_precision):
+    rows, _ = trained(tmp_path / "full", **narrow)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(training, "precision", lambda *_: "bf16")  # slow on a CPU, but the same code
+    job = training.prepare(write_config(tmp_path / "half", **narrow), tmp_path / "half")
+    half = [rows for rows, _ in job.progress()][-1]
+    parts = (job.pipe.unet, job.pipe.vae, job.pipe.text_encoder)
+    assert {part.dtype for part in parts} == {torch.bfloat16} and job.student.dtype == torch.float32
+    assert losses(half) == pytest.approx(losses(rows), rel=0.05) and losses(half) != losses(rows)
+    picture = job.scorer.draw(training.with_unet(job.pipe, job.student))[0]
+    assert np.asarray(picture).std() > 0
+
+
+def test_every_switch_trains(narrow, tmp_path):
+    switches = {"gradient_checkpointing": True, "channels_last": False, "ema_device": "cpu", "find_batch_size": True,
+                "random_conditioning": 5.0, "normalise_features": True, "kd": "self_attention"}  # fmt: skip
+    rows, _ = trained(tmp_path / "run", **{**narrow, **switches, "max_train_steps": 2})
+    assert all(np.isfinite(losses(rows)))
+
+
+def test_sdxl_in_fp16_is_refused(narrow, pipeline_xl_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "precision", lambda *_: "fp16")
+    changes = {"preset": "sdxl-base", "variant": "koala_700m", "teacher": str(pipeline_xl_dir)}
+    with pytest.raises(ValueError, match="autoencoder overflows in fp16"):
+        trained(tmp_path / "run", **{**narrow, **changes})
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+LAUNCH = (
+    "import sys; from pathlib import Path; from bksdm_utils import processes; processes.launch(Path(sys.argv[1]), 2)"
+)
+
+
+def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_path, capsys):
+    """Started by a process that ends; found, refused to others, stopped, started again: as if nothing had been."""
+    narrow |= {"max_train_steps": 40, "learning_rate": 1e-5}
+    rows, weights = trained(tmp_path / "one", **narrow)
+    folder = tmp_path / "two"
+    write_config(folder, **narrow)
+    subprocess.run([sys.executable, "-c", LAUNCH, folder], check=True)
+    wait_for(lambda: read_log(folder / "log.csv"))
+    assert processes.running(folder)
+    processes.launch(folder, 2)
+    assert "at work here already" in capsys.readouterr().out
+    write_config(folder, **narrow, seed=1)
+    with pytest.raises(ValueError, match="a training with other settings is at work"):
+        processes.launch(folder, 2)
+    processes.stop(folder)
+    with pytest.raises(RuntimeError, match="ended before its last step"):
+        list(processes.follow(folder, every=0.1))
+    done = read_log(folder / "log.csv")
+    assert 0 < len(done) < 40 and f"step_{len(done):08}" in {p.name for p in (folder / "checkpoints").iterdir()}
+    job = training.prepare(write_config(folder, **narrow, resume=True), folder)
+    for seen, _ in job.progress(num_processes=2):  # noqa: B007
+        pass
+    assert job.trainer.step == 40 and processes.finished(folder)
+    assert losses(job.log.rows) == pytest.approx(losses(rows), rel=1e-5)
+    assert all(torch.allclose(t, weights[name], atol=1e-5) for name, t in job.student.state_dict().items())
+
+
+def test_a_training_that_fails_says_so_with_its_own_words(narrow, tmp_path):
+    write_config(tmp_path / "run", **{**narrow, "train_data_dir": str(tmp_path / "nowhere/at/all")})
+    processes.launch(tmp_path / "run", 1)
+    with pytest.raises(RuntimeError, match="(?s)ended before its last step.*is no folder"):
+        list(processes.follow(tmp_path / "run", every=0.1))
+
+
+def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    """SIGKILL while loading, encoding the cache, training, judging and writing checkpoints."""
+    parameters = {"max_train_steps": 60, "batch_size": 4, "validation_steps": 5, "num_validation_images": 2,
+                  "resume": True}  # fmt: skip
+
+    def start(folder):
+        write_config(folder, **parameters, cache_dir=str(folder / "cache"))
+        command = [sys.executable, "-m", "bksdm_utils.distill", "--config", folder / "config.json"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began, whole = time.monotonic(), start(tmp_path / "whole")
+    wait_for(lambda: (tmp_path / "whole" / "log.csv").exists())
+    loading = time.monotonic() - began
+    assert whole.wait() == 0
+    training_time = time.monotonic() - began - loading
+    folder, chance = tmp_path / "killed", random.Random(0)
+    for kill in range(20):  # the first ones in the time of loading and encoding, the others while it trains
+        child = start(folder)
+        if kill >= 5:
+            stamp = (folder / "log.csv").stat().st_mtime_ns if (folder / "log.csv").exists() else 0
+            wait_for(lambda: (folder / "log.csv").exists() and (folder / "log.csv").stat().st_mtime_ns != stamp)  # noqa: B023
+            time.sleep(chance.uniform(0, training_time / 12))
+        else:
+            time.sleep(chance.uniform(loading / 2, loading))
+        child.kill()
+        assert child.wait() == -9
+    assert start(folder).wait() == 0
+    for part in ("unet", "unet_ema"):
+        one, other = newest(tmp_path / "whole", part), newest(folder, part)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in training.LOGS:
+        assert without_clock(read_log(folder / name)) == without_clock(read_log(tmp_path / "whole" / name))
+        assert len(read_log(folder / name)) == {"log.csv": 60, "validation.csv": 13}[name]
