@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup workbook test bench lab lint requirements clean
+.PHONY: help setup workbook test results bench lab lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,10 @@ workbook: .venv/ready ## run all notebooks on the storybook preset; results, pic
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest
+
+results: .venv/ready ## the README's table: all three students with three seeds each, about an hour on two cores
+	$(BIN)/python -m bksdm_utils.run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
+	$(BIN)/python -m bksdm_utils.run 07
 
 bench: .venv/ready ## distillation's speed beside a plain loop, as a ratio, in about ten minutes
 	$(BIN)/python benchmarks/kd.py

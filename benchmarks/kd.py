@@ -35,8 +35,9 @@ WARM_UP = 3  # optimizer steps that are not counted
 FOLDER = ROOT / "outputs" / "benchmark"
 
 
-def pictures(folder: Path, resolution: int, count: int = 256) -> Path:
+def pictures(resolution: int, count: int) -> Path:
     """An image-text folder of storybook scenes at about the size that training asks for."""
+    folder = FOLDER / f"pictures-{resolution}-{count}"
     if not (folder / "metadata.csv").exists():
         folder.mkdir(parents=True, exist_ok=True)
         rows = ["file_name,text"]
@@ -184,7 +185,7 @@ def configure(chosen: argparse.Namespace, variant: str) -> dict:
     resolution = chosen.resolution or preset.resolution
     changes = {
         "preset": chosen.preset, "variant": variant, "teacher": teacher, "resolution": resolution,
-        "train_data_dir": str(pictures(FOLDER / f"pictures-{resolution}", resolution)),
+        "train_data_dir": str(pictures(resolution, max(8, 4 * chosen.batch_size))),
         "cache_dir": str(FOLDER / "cache"),
         "batch_size": chosen.batch_size, "gradient_accumulation_steps": 1, "max_train_steps": WARM_UP + chosen.steps,
         "validation_steps": 10**6, "gradient_checkpointing": chosen.gradient_checkpointing, "compiled": chosen.compiled,

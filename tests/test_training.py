@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import SD_V2, narrow_parts
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from bksdm_utils import processes, training
 from bksdm_utils.engine import read_log
+from bksdm_utils.presets import PRESETS, teacher_config
 from bksdm_utils.run import configure, find_notebook, write_json
 
 
@@ -197,3 +201,24 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
     for name in training.LOGS:
         assert without_clock(read_log(folder / name)) == without_clock(read_log(tmp_path / "whole" / name))
         assert len(read_log(folder / name)) == {"log.csv": 60, "validation.csv": 13}[name]
+
+
+def test_sd_v21_at_768_pixels_learns_v_prediction(narrow, tmp_path):
+    """The architecture, scheduler and picture size of SD-v2.1, narrow."""
+    vae, tokenizer, text = narrow_parts()
+    narrow_v2 = SD_V2 | {"block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "norm_num_groups": 4,
+                         "attention_head_dim": [1, 2, 4, 4]}  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_config(narrow_v2),
+        scheduler=DDIMScheduler.from_config(teacher_config(PRESETS["sd-v2.1"], "scheduler")), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "teacher")  # fmt: skip
+    changes = {"preset": "sd-v2.1", "teacher": str(tmp_path / "teacher"), "resolution": None, "batch_size": 1,
+               "max_train_steps": 1}  # fmt: skip
+    folder = tmp_path / "run"
+    job = training.prepare(write_config(folder, **{**narrow, **changes}), folder)
+    assert job.settings.resolution == 768 and job.data.shape == (4, 96, 96)
+    assert job.noise_schedule.config.prediction_type == "v_prediction"
+    rows = [rows for rows, _ in job.progress()][-1]
+    assert np.isfinite(losses(rows)).all() and rows[0]["gradient_norm"] > 0
