@@ -100,6 +100,8 @@ class Training:
     def steps(self) -> Iterator[Step]:
         """The loop: one optimizer step after another, each logged, every so many the averaged student judged."""
         trainer, every = self.trainer, self.settings.validation_steps
+        if trainer.accelerator.is_main_process:
+            print(describe(self), flush=True)
         if not self.validation.rows:
             self.validate()
         for step in trainer.steps(self.distillation.losses, self.data.num_examples):
@@ -239,8 +241,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train_to_the_end(training: Training, loud: bool) -> None:
     total, said = training.trainer.config.max_train_steps, 0.0
-    if loud:
-        print(describe(training), flush=True)
     for step in training.steps():
         if loud and time.monotonic() - said > 10:
             print(f"step {step.step}/{total}  {step.images_per_second:.1f} images/s", flush=True)
