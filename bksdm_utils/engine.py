@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -316,9 +316,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         about = asdict(self.config) | self.fingerprint
         self.accelerator.init_trackers("tracker", {name: str(value) for name, value in about.items()})
-        main = self.accelerator.is_main_process
-        with folder_lock(self.output_dir) if main else nullcontext(), _signals_noted() as signals:
-            if self.config.checkpoint_steps and main:
+        with alone(self.output_dir), _signals_noted() as signals:
+            if self.config.checkpoint_steps and self.accelerator.is_main_process:
                 check_disk(self.output_dir, (self.config.checkpoints_kept + 1) * self.checkpoint_bytes, "checkpoints")
             while self.step < self.config.max_train_steps:
                 yield self._step(loss_function, num_examples)
@@ -510,7 +509,8 @@ class Trainer:
         _save_weights(self.model, folder / self.name)
         with self.ema_weights() as model:
             _save_weights(model, folder / f"{self.name}_ema")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16's
+        torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
         about = {"step": self.step, "ema_steps": self.ema.optimization_step, "scores": self.scores}
         write_json(folder / "step.json", {**about, "fixed": self._fixed()})
 
@@ -524,8 +524,9 @@ class Trainer:
         """A later resume must not go on from an older run; one that was started anew by mistake can be had back."""
         folder, old = self.output_dir / "checkpoints", self.output_dir / "checkpoints.old"
         if self.checkpoint:
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
+            with alone(self.output_dir):  # never those of a run at work
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(folder, old)
             print(f"the checkpoints of an earlier run were set aside as {old.name}")
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
@@ -544,7 +545,9 @@ class Trainer:
             ) from error
         self._check_same_run(folder, about)
         self.model.load_state_dict(weights)
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         for shadow, name in zip(self.ema.shadow_params, trained, strict=True):
             shadow.data.copy_(averaged[name])
@@ -572,12 +575,17 @@ class Trainer:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Within the block no other process trains into `folder`; the system lifts the lock when this one dies.
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block no other run writes to `folder`; the system lifts the lock when this process dies.
+
+    Of several processes of one run the main one holds it.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another run holds it.
     """
+    if not PartialState().is_main_process:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     # A singleton, of all threads: one process may take it within itself.
     lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)

@@ -27,7 +27,7 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
         ValueError: one is at work there with another config.json.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("resume", None)
+    config = {name: value for name, value in config.items() if name not in ("resume", "output_dir", "num_processes")}
     if running(folder):
         if _note(folder)["config"] != config:
             raise ValueError(f"a training with other settings is at work in {folder}: wait for it, or stop it by "

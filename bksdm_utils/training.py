@@ -8,7 +8,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from . import distill, processes, surgery
-from .engine import Log, Step, Trainer, TrainingConfig, folder_lock, read_log
+from .engine import Log, Step, Trainer, TrainingConfig, alone, read_log
 from .latents import LatentDataset, StreamedDataset, load_data
 from .presets import Preset
 from .run import configure, find_notebook, literal, requested_plan, write_json
@@ -55,15 +54,19 @@ class Training:
     validation: Log | None = field(default=None, repr=False)
 
     def begin(self, resume: bool) -> None:
-        """Makes losses, optimizer, EMA and logs; with `resume` they go on from the newest checkpoint."""
+        """Makes losses, optimizer, EMA and logs; with `resume` they go on from the newest checkpoint.
+
+        Raises:
+            ValueError: another training is at work in the folder; nothing there is touched then.
+        """
         self.distillation = self.distil(self.student, self.parameters, self.settings)
         config = training_config(self.parameters, self.settings, self.pipe.device.type)
-        self.trainer = Trainer(self.student, config, self.dir, resume, self._same_run(), name="unet")
+        with alone(self.dir):
+            self.trainer = Trainer(self.student, config, self.dir, resume, self._same_run(), name="unet")
+            self.log, self.validation = (Log(self.dir / name, self.trainer.step) for name in LOGS)
         if self.parameters["find_batch_size"]:
             rates = self.trainer.find_micro_batch(self.distillation.losses, self.data.num_examples)
             print(f"images/s by micro-batch {rates}: takes {self.trainer.micro_batch_size}")
-        step = self.trainer.step
-        self.log, self.validation = (Log(self.dir / name, step) for name in LOGS)
 
     def progress(self, num_processes: int | None = None) -> Iterator[tuple[list[dict], list[dict]]]:
         """Trains, here or in `num_processes` processes of their own; yields the rows of log and validation so far.
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda":
         torch.cuda.set_device(state.device)
     try:
-        with folder_lock(folder) if state.is_main_process else nullcontext():
+        with alone(folder):
             training = prepare(config, folder, device)
             training.begin(resume=config["resume"])
             _train_to_the_end(training, loud=state.is_main_process)

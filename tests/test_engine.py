@@ -274,8 +274,8 @@ def test_too_little_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
 
 
 def test_two_trainings_never_write_to_one_folder(tmp_path):
-    script = "import sys; from pathlib import Path; from bksdm_utils.engine import folder_lock\n"
-    script += "with folder_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    script = "import sys; from pathlib import Path; from bksdm_utils.engine import alone\n"
+    script += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     trainer = Trainer(model(), CONFIG, tmp_path)
