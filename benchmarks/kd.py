@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
 from bksdm_utils import costs, distill, run, storybook, surgery, training
@@ -151,15 +152,22 @@ def ours(config: dict, device: str, folder: Path) -> Iterator[int]:
 def measure(mode: str, config: dict, folder: Path, steps: int) -> None:
     """Runs one loop and writes what it did; called in a process of its own, or in several that share the work."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = PartialState(cpu=device == "cpu")
+    if device == "cuda":
+        torch.cuda.set_device(state.device)
     loop = plain(config, device) if mode == "plain" else ours(config, device, folder)
     for _ in range(WARM_UP):
         next(loop)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started, images = time.perf_counter(), 0
     for _ in range(steps):
         images += next(loop)
     if device == "cuda":
         torch.cuda.synchronize()
     rate = images / (time.perf_counter() - started)
+    if not state.is_main_process:
+        return
     write_json(folder / "measured.json", {"images_per_second": rate, "seconds_per_step": images / steps / rate,
                                           "memory_gb": memory(), **provenance(device)})  # fmt: skip
 
@@ -213,7 +221,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--modes", default="plain,ours1,ours2", help="plain, or ours and the number of processes")
+    number = torch.cuda.device_count() or 2
+    modes = ",".join(["plain", "ours1", *([f"ours{number}"] if number > 1 else [])])
+    parser.add_argument("--modes", default=modes, help="plain, or ours and the number of processes")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for ours; plain always has it")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--optimizer", default="adamw")

@@ -27,7 +27,7 @@ SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 
 @dataclass(frozen=True)
 class Example:
-    """One picture, opened only when asked for, and its captions; `key` names the picture's content for the cache."""
+    """One picture, opened only when asked for, and its captions; `key` names its content for the cache."""
 
     name: str
     captions: tuple[str, ...]

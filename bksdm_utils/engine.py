@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import gather, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
@@ -200,17 +200,20 @@ class Log:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_log(path) if row["step"] <= step] if step else []
-        self._write("w", self.rows)
+        self.main = PartialState().is_main_process
+        if self.main:
+            part = path.with_suffix(".part")
+            self._write(part, "w", self.rows)
+            os.replace(part, path)
 
     def append(self, row: dict[str, float]) -> None:
         """Adds one row; all rows have the same columns."""
         self.rows.append(row)
-        self._write("a", [row])
+        if self.main:
+            self._write(self.path, "a", [row])
 
-    def _write(self, mode: str, rows: list[dict]) -> None:
-        if not PartialState().is_main_process:
-            return
-        with self.path.open(mode, newline="") as file:
+    def _write(self, path: Path, mode: str, rows: list[dict]) -> None:
+        with path.open(mode, newline="") as file:
             if rows:
                 writer = csv.DictWriter(file, rows[0])
                 if file.tell() == 0:
@@ -278,7 +281,7 @@ class Trainer:
         optimizer = self._new_optimizer()
         self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
         self.ema.to(config.ema_device)
-        self.step, self.scores = 0, {}
+        self.step, self.scores, self.tracking = 0, {}, False
         if resume:
             self._load(optimizer)
         elif self.accelerator.is_main_process:
@@ -314,11 +317,11 @@ class Trainer:
         """
         self.model.train()
         self.skipped_in_a_row = 0
-        about = asdict(self.config) | self.fingerprint
-        self.accelerator.init_trackers("tracker", {name: str(value) for name, value in about.items()})
         with alone(self.output_dir), _signals_noted() as signals:
             if self.config.checkpoint_steps and self.accelerator.is_main_process:
-                check_disk(self.output_dir, (self.config.checkpoints_kept + 1) * self.checkpoint_bytes, "checkpoints")
+                there = len(list(self.output_dir.glob("checkpoints/step_*[0-9]")))
+                more = max(1, self.config.checkpoints_kept + 1 - there)
+                check_disk(self.output_dir, more * self.checkpoint_bytes, "checkpoints")
             while self.step < self.config.max_train_steps:
                 yield self._step(loss_function, num_examples)
                 # Only now, when the caller has logged the step, may a checkpoint say that it is done.
@@ -328,8 +331,12 @@ class Trainer:
                     self._try_to_save()
                 if signum:
                     self._stop(signum)
-        for tracker in self.accelerator.trackers:
+
+    def finish_tracking(self) -> None:
+        """Has the trackers write what they still hold."""
+        for tracker in self.accelerator.trackers if self.tracking else ():
             tracker.finish()
+        self.tracking = False
 
     def _agreed(self, signals: list[int]) -> int:
         """The signal that any of the processes got, 0 for none, so that all stop after the same step."""
@@ -415,31 +422,40 @@ class Trainer:
                 if not should_reduce_batch_size(error):
                     raise
                 break
+            if not self._fits():
+                break
             worse = worse + 1 if rate < 1.02 * max(rates.values(), default=0) else 0
             rates[size] = round(rate, 2)
-            if worse == 2 or not self._fits():
+            if worse == 2:
                 break
-        chosen = broadcast_object_list([max(rates, key=rates.get) if rates else 1])[0]  # the main process decides
-        self.micro_batch_size, self.num_micro_batches = chosen, share // chosen
+        found = gather_object([max(rates, key=rates.get, default=1)])
+        self.micro_batch_size, self.num_micro_batches = min(found), share // min(found)  # what fits all processes
         return rates
 
     def _dry_run(self, loss_function: LossFunction, num_examples: int | None, size: int) -> float:
         draw = Draw(self.config.seed, self.step, range(size), self.config.global_batch_size, num_examples)
-        for _ in range(2):  # the first pass warms up
-            started = time.perf_counter()
-            with self.accelerator.autocast():
-                loss_function(self.model, draw)["loss"].backward()
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.model.zero_grad()
-        return size / (time.perf_counter() - started)
+        on_gpu = self.accelerator.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            for _ in range(2):  # the first pass warms up
+                started = time.perf_counter()
+                with self.accelerator.autocast():
+                    loss_function(self.model, draw)["loss"].backward()
+                if on_gpu:
+                    torch.cuda.synchronize()
+            return size / (time.perf_counter() - started)
+        finally:
+            self.model.zero_grad()  # also of a pass that found no memory: nothing of it may be learned
 
     def _fits(self) -> bool:
         """Whether the optimizer's state would still find room on the GPU, with a tenth to spare."""
         if self.accelerator.device.type != "cuda":
             return True
-        total = torch.cuda.get_device_properties(self.accelerator.device).total_memory
-        return torch.cuda.max_memory_allocated() + self.training_bytes()["optimizer"] < 0.9 * total
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()  # another program's, this notebook's kernel for one
+        return torch.cuda.max_memory_allocated() + self.training_bytes()["optimizer"] < 0.9 * (total - others)
 
     def training_bytes(self) -> dict[str, int]:
         """Bytes that training holds whatever the batch: weights, gradients, optimizer, ema."""
@@ -456,6 +472,10 @@ class Trainer:
 
     def track(self, values: Mapping[str, float]) -> None:
         """Gives values to the trackers, under the present step."""
+        if not self.tracking:
+            about = asdict(self.config) | self.fingerprint
+            self.accelerator.init_trackers("bksdm", {name: str(value) for name, value in about.items()})
+            self.tracking = True
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=self.step)
 
     @contextmanager
@@ -479,10 +499,10 @@ class Trainer:
         Raises:
             OSError: it could not be written; earlier ones are untouched.
         """
-        if not self.accelerator.is_main_process:
-            return
         folder = self.output_dir / "checkpoints"
-        part = folder / "part"
+        part, target = folder / "part", folder / f"step_{self.step:08}"
+        if target.exists() or not self.accelerator.is_main_process:
+            return
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir(parents=True)
@@ -491,8 +511,6 @@ class Trainer:
             shutil.rmtree(part, ignore_errors=True)
             kept = f"{self.checkpoint} is untouched" if self.checkpoint else "there is no earlier one"
             raise OSError(f"the checkpoint of step {self.step} could not be written ({error}); {kept}") from error
-        target = folder / f"step_{self.step:08}"
-        shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
         for old in sorted(folder.glob("step_*[0-9]"))[: -self.config.checkpoints_kept]:
             shutil.rmtree(old, ignore_errors=True)

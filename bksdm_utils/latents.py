@@ -9,6 +9,8 @@ import errno
 import hashlib
 import json
 import os
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,7 +105,8 @@ class LatentDataset:
 def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None) -> LatentDataset:
     """The preset's training data as latents; what the cache lacks is computed, shard by shard.
 
-    The cache's key is a hash of every picture and caption, the VAE's weights, the tokenizers, resolution and mirroring.
+    The cache's key is a hash of every picture and caption, the VAE's weights, the tokenizers, resolution and mirroring;
+    for a table, of what `datasets` knows it by instead of its pictures: for files their place and time of change.
     A build that was killed goes on with the shards that are missing; several processes share them.
 
     Raises:
@@ -121,8 +124,9 @@ def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | P
         chosen = range(number * SHARD_SIZE, min(len(examples), (number + 1) * SHARD_SIZE))
         if not _readable(shards[number]):
             _write_shard(shards[number], encode(examples, chosen, preset, pipeline), f"{number + 1}/{len(shards)}")
-    for part in folder.glob("*.part*") if missing else ():  # of builds that were killed
-        part.unlink(missing_ok=True)
+    for part in folder.glob("*.part*") if missing else ():
+        if time.time() - part.stat().st_mtime > 3600:  # of builds that were killed, not of one beside this
+            part.unlink(missing_ok=True)
     return LatentDataset(shards, examples, skipped, token_ids(pipeline, [""]), key)
 
 
@@ -162,8 +166,8 @@ def encode(examples: Sequence[Example], chosen: range, preset: Preset, pipeline:
     size = preset.resolution // pipeline.vae_scale_factor
     moments = [torch.zeros(0, sides, 2, pipeline.vae.config.latent_channels, size, size)]
     index: list[int] = []
-    batch_size = min(32, max(1, 4 * 512**2 // preset.resolution**2))  # a few GB of activations
-    for batch in _batches(_opened(examples, chosen, preset.resolution, failed), batch_size):
+    opened = _opened(examples, chosen, preset.resolution, failed)
+    for batch in _batches(opened, encoding_batch(preset.resolution)):
         index += [i for i, _ in batch]
         pixels = torch.stack([pixels for _, pixels in batch])
         flipped = [pixels, pixels.flip(-1)][:sides]
@@ -173,6 +177,11 @@ def encode(examples: Sequence[Example], chosen: range, preset: Preset, pipeline:
     ids = token_ids(pipeline, captions or [""])[: len(captions)].int()
     return {"mean": mean.contiguous(), "std": std.contiguous(), "index": torch.tensor(index, dtype=torch.int64),
             "token_ids": ids, "failed": failed}  # fmt: skip
+
+
+def encoding_batch(resolution: int) -> int:
+    """Pictures that the VAE encodes at once: a few GB of activations."""
+    return min(32, max(1, 4 * 512**2 // resolution**2))
 
 
 def posterior(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,8 +252,9 @@ class StreamedDataset:
     """Shards or a hub data set read as they come: nothing is kept on disk, the VAE encodes every batch.
 
     Row number `step * global batch + position` of the shuffled, endlessly repeated stream belongs to that place of that
-    step, so resumption and the number of processes change nothing; a resumption reads up to its step again. A place
-    whose row is unusable takes the next usable one of the same global batch.
+    step, so resumption and the number of processes change nothing; a resumption reads up to its step again, and every
+    process reads all rows but decodes its own. A place whose row is unusable takes the next usable one of the same
+    global batch.
 
     Attributes:
         empty_ids, skipped, key, shape: as in `LatentDataset`.
@@ -255,8 +265,9 @@ class StreamedDataset:
 
     def __init__(self, preset: Preset, pipeline: DiffusionPipeline, seed: int = 0):
         self.preset, self.pipeline, self.seed = preset, pipeline, seed
-        self.empty_ids, self.skipped = token_ids(pipeline, [""]), []
-        self.key = f"{preset.train_data_dir} {preset.image_column} {preset.caption_column} {preset.resolution}"
+        self.empty_ids, self.skipped, self._known = token_ids(pipeline, [""]), [], set()
+        self.key = (f"{preset.train_data_dir} {preset.image_column} {preset.caption_column} {preset.resolution} "
+                    f"{preset.flip}")  # fmt: skip
         side = preset.resolution // pipeline.vae_scale_factor
         self.shape = (pipeline.vae.config.latent_channels, side, side)
         self._table = open_table(preset, streaming=True)
@@ -270,7 +281,8 @@ class StreamedDataset:
         sides = draw.integers(1 + self.preset.flip).tolist()
         pixels = torch.stack([p.flip(-1) if side else p for (p, _), side in zip(found, sides, strict=True)])
         with torch.no_grad():
-            mean, std = posterior(self.pipeline, pixels)
+            parts = [posterior(self.pipeline, part) for part in pixels.split(encoding_batch(self.preset.resolution))]
+        mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
         latents = mean.to(device) + std.to(device) * draw.normal(*self.shape).to(device)
         chosen = draw.choose([len(captions) for _, captions in found])
         texts = [captions[i] for (_, captions), i in zip(found, chosen, strict=True)]
@@ -279,8 +291,17 @@ class StreamedDataset:
     def other_token_ids(self, draw: Draw) -> torch.Tensor:
         """Token ids of captions chosen from those of the global batch, whatever their pictures."""
         rows = self._global_batch(draw.step, draw.global_batch_size)
-        texts = [str(rows[i][self.preset.caption_column] or "") for i in draw.integers(len(rows)).tolist()]
-        return token_ids(self.pipeline, texts)
+        found = [self._captions(rows, i) for i in draw.integers(len(rows)).tolist()]
+        chosen = draw.choose([len(captions) for captions in found])
+        return token_ids(self.pipeline, [captions[i] for captions, i in zip(found, chosen, strict=True)])
+
+    def _captions(self, rows: Sequence[Mapping], position: int) -> tuple[str, ...]:
+        for offset in range(len(rows)):
+            try:
+                return captions_of(rows[(position + offset) % len(rows)][self.preset.caption_column])
+            except ValueError:  # `_usable` reports it
+                continue
+        return ("",)
 
     def _usable(self, rows: Sequence[Mapping], position: int) -> tuple[torch.Tensor, tuple[str, ...]]:
         for offset in range(len(rows)):
@@ -289,8 +310,14 @@ class StreamedDataset:
                 captions = captions_of(row[self.preset.caption_column])
                 return to_pixels(open_image(row[self.preset.image_column]), self.preset.resolution), captions
             except Exception as error:  # an unreadable picture, of whatever kind
-                self.skipped.append((str(row[self.preset.image_column].get("path") or row["row"]), str(error)))
+                self._set_aside((row[self.preset.image_column] or {}).get("path") or row["row"], str(error))
         raise ValueError(f"{self.preset.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        if (name, reason) not in self._known:  # once, however many epochs come by it
+            self._known.add((name, reason))
+            self.skipped.append((name, reason))
+            print(f"set aside: {name}: {reason}", flush=True)
 
     def _global_batch(self, step: int, size: int) -> list[Mapping]:
         """The rows of one optimizer step; the next step's are read meanwhile."""
@@ -307,7 +334,7 @@ class StreamedDataset:
         wanted = range(step * size - self._place + size)
         read = (next(self._stream) for _ in tqdm(wanted, "reading up to here", disable=len(wanted) < 10 * size))
         self._place += len(wanted)
-        return list(read)[-size:]
+        return list(deque(read, maxlen=size))  # a resumption passes over very many
 
     def _rows(self) -> Iterator[Mapping]:
         """All rows, epoch after epoch, shards and rows shuffled by (seed, epoch); a broken shard is set aside."""
@@ -325,8 +352,10 @@ class StreamedDataset:
         for shard in shards:
             try:
                 yield from self._table.shard(self._table.num_shards, int(shard))
+            except OSError:  # the network or the disk: the rows that did not come would be missed by this process alone
+                raise
             except Exception as error:  # cut off, or not what its name says; its rows up to there were good
-                self.skipped.append((f"shard {shard}", f"{type(error).__name__}: {error}"))
+                self._set_aside(f"shard {shard}", f"{type(error).__name__}: {error}")
 
 
 def _shuffled(rows: Iterator, chance: np.random.Generator) -> Iterator:

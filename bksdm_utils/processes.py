@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from .engine import alone
 from .presets import ROOT
 from .run import write_json
 
@@ -34,12 +35,20 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
                              f"bksdm_utils.processes.stop, or use another output_dir")  # fmt: skip
         print("a training is at work here already: watching it")
         return
+    with alone(folder):  # or another host's training is at work here
+        pass
     several = ["--multi_gpu"] if num_processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", module, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))  # threads that outnumber cores only spin
-    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+    }
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -102,7 +111,7 @@ def _launcher(folder: Path) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(note["pid"])
-        same = process.create_time() == note["started"]  # numbers of processes are used again
+        same = abs(process.create_time() - note["started"]) < 60  # numbers are used again; a clock may be set
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None

@@ -57,8 +57,11 @@ class Training:
         """Makes losses, optimizer, EMA and logs; with `resume` they go on from the newest checkpoint.
 
         Raises:
-            ValueError: another training is at work in the folder; nothing there is touched then.
+            ValueError: another training is at work in the folder; nothing there is touched then. Or this student has
+                learned already, and is asked to start anew.
         """
+        if self.trainer and self.trainer.step and not resume:
+            raise ValueError("the student has learned already: `prepare` gives a fresh one, resume=True goes on")
         self.distillation = self.distil(self.student, self.parameters, self.settings)
         config = training_config(self.parameters, self.settings, self.pipe.device.type)
         with alone(self.dir):
@@ -79,8 +82,9 @@ class Training:
                 yield self.log.rows, self.validation.rows
             return
         if not (self.parameters["resume"] or processes.running(self.dir)):
-            for name in LOGS:  # an older run's, which would be taken for this one's until its first step
-                (self.dir / name).unlink(missing_ok=True)
+            with alone(self.dir):
+                for name in LOGS:  # an older run's, which would be taken for this one's until its first step
+                    (self.dir / name).unlink(missing_ok=True)
         processes.launch(self.dir, num_processes)
         for _ in processes.follow(self.dir):
             yield tuple(read_log(self.dir / name) for name in LOGS)
@@ -105,15 +109,18 @@ class Training:
         trainer, every = self.trainer, self.settings.validation_steps
         if trainer.accelerator.is_main_process:
             print(describe(self), flush=True)
-        if not self.validation.rows:
-            self.validate()
-        for step in trainer.steps(self.distillation.losses, self.data.num_examples):
-            self.log.append(step.floats())
-            trainer.track(self.log.rows[-1])
-            if step.step % every == 0 or step.step == trainer.config.max_train_steps:
+        try:
+            if not self.validation.rows:
                 self.validate()
-            yield step
-        self.distillation.close()
+            for step in trainer.steps(self.distillation.losses, self.data.num_examples):
+                self.log.append(step.floats())
+                trainer.track(self.log.rows[-1])
+                if step.step % every == 0 or step.step == trainer.config.max_train_steps:
+                    self.validate()
+                yield step
+        finally:
+            trainer.finish_tracking()
+            self.distillation.close()
 
     def validate(self) -> None:
         """Scores pictures of the averaged student, on the same captions and noise each time."""
@@ -145,6 +152,7 @@ def prepare(config: Mapping[str, object], folder: Path, device: str = "cpu") -> 
     for unet in (pipe.unet, student):
         unet.to(memory_format=torch.channels_last if config["channels_last"] else torch.contiguous_format)
         if config["compiled"]:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False  # taps may come after the first pass
             unet.compile()
     return Training(
         config, settings, plan, folder, pipe, student, load_data(settings, pipe, config["cache_dir"], seed),
@@ -213,7 +221,7 @@ def describe(training: Training) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as a config.json says, in as many processes as it is launched in."""
+    """Trains as a config.json says, in as many processes as it is launched in; leaves checkpoints, unet, unet_ema."""
     parser = argparse.ArgumentParser(prog="python -m bksdm_utils.distill", description=main.__doc__)
     parser.add_argument("--config", type=Path, required=True, help="config.json in the folder of the run")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -249,4 +257,6 @@ def _train_to_the_end(training: Training, loud: bool) -> None:
             print(f"step {step.step}/{total}  {step.images_per_second:.1f} images/s", flush=True)
             said = time.monotonic()
     training.trainer.save()
+    if loud:
+        training.trainer.save_models()
     training.trainer.accelerator.wait_for_everyone()

@@ -293,7 +293,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     for step in trainer.steps(loss_function, len(EXAMPLES)):
         losses.append(step.floats()["loss"])
         trainer.track(step.floats())
-    events = EventAccumulator(str(tmp_path / "tracker")).Reload()
+    events = EventAccumulator(str(tmp_path / "bksdm")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
     assert [e.step for e in events.Scalars("images_per_second")] == [1, 2, 3, 4, 5, 6]
 

@@ -239,6 +239,32 @@ def test_missing_columns_and_data_sets_are_named(tmp_path, pipeline):
         find_preset("storybook", streaming=True)
 
 
+def test_rows_without_a_picture_or_with_several_captions_are_no_trouble_to_a_stream(tmp_path, pipeline):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [{"bytes": picture(i), "path": None} if i else None for i in range(4)]
+    rows = [{"image": cell, "text": ["a", "b"] if i else ["c"]} for i, cell in enumerate(cells)]
+    (tmp_path / "shards").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet")
+    stream = StreamedDataset(preset(tmp_path / "shards", streaming=True), pipeline)
+    known = latents.token_ids(pipeline, ["a", "b", "c"]).tolist()
+    for step in range(6):  # three epochs
+        draw = Draw(0, step, range(2), 2, None)
+        assert all(ids in known[:2] for ids in stream.batch(draw)[1].tolist())
+        assert all(ids in known for ids in stream.other_token_ids(draw).tolist())
+    assert len({name for name, _ in stream.skipped}) == len(stream.skipped) <= 3
+
+
+def test_a_stream_keeps_no_more_than_a_batch_while_it_reads_up_to_a_step(tmp_path, pipeline, monkeypatch):
+    place, alive = write_shards(tmp_path / "shards", "parquet"), []
+    stream = StreamedDataset(preset(place, streaming=True), pipeline)
+    kept = latents.deque
+    monkeypatch.setattr(latents, "deque", lambda rows, maxlen: alive.append(maxlen) or kept(rows, maxlen=maxlen))
+    stream.batch(Draw(0, 30, range(2), 2, None))
+    assert alive[0] == 2
+
+
 def test_random_conditioning_has_other_captions_in_both_kinds_of_data(tmp_path, pipeline):
     place = write_shards(tmp_path / "shards", "parquet")
     for data in (load_latents(preset(place), pipeline, tmp_path / "cache"),

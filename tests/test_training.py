@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from bksdm_utils import processes, training
-from bksdm_utils.engine import read_log
+from bksdm_utils.engine import Draw, read_log
 from bksdm_utils.presets import PRESETS, teacher_config
 from bksdm_utils.run import configure, find_notebook, write_json
 
@@ -113,6 +113,29 @@ def test_every_switch_trains(narrow, tmp_path):
                 "random_conditioning": 5.0, "normalise_features": True, "kd": "self_attention"}  # fmt: skip
     rows, _ = trained(tmp_path / "run", **{**narrow, **switches, "max_train_steps": 2})
     assert all(np.isfinite(losses(rows)))
+
+
+def test_compiled_networks_are_tapped_though_they_ran_before(narrow, tmp_path, monkeypatch):
+    """Traced as for a GPU, without the minutes that building its kernels takes."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
+    narrow |= {"max_train_steps": 2, "variant": "bk_tiny"}
+    rows, _ = trained(tmp_path / "plain", **narrow)
+    job = training.prepare(write_config(tmp_path / "compiled", **narrow, compiled=True), tmp_path / "compiled")
+    draw = Draw(0, 0, range(4), 4, len(job.data))
+    latents, ids = job.data.batch(draw)
+    for unet in (job.pipe.unet, job.student):
+        unet(latents, torch.tensor([5, 5, 5, 5]), **job.condition(ids))
+    compiled = [rows for rows, _ in job.progress()][-1]
+    assert losses(compiled) == pytest.approx(losses(rows), rel=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_cell_run_twice_does_not_take_a_trained_student_for_a_fresh_one(narrow, tmp_path):
+    job = training.prepare(write_config(tmp_path / "run", **narrow), tmp_path / "run")
+    next(job.progress())
+    with pytest.raises(ValueError, match="learned already"):
+        next(job.progress())
 
 
 def test_sdxl_in_fp16_is_refused(narrow, pipeline_xl_dir, tmp_path, monkeypatch):
