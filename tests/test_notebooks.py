@@ -79,7 +79,8 @@ def test_it_starts_checks_finishes_and_says_what_it_does_not_show(notebook):
 def test_cells_are_short_and_hold_no_class(notebook):
     for cell in code(notebook):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 30, cell.source
+        is_list_of_parameters = "parameters" in cell.metadata.get("tags", ())
+        assert len(lines) <= (45 if is_list_of_parameters else 30), cell.source
         assert not any(line.startswith("class ") for line in lines)
 
 
