@@ -112,3 +112,23 @@ def test_only_unreadable_pictures_is_an_error(tmp_path, pipeline_dir):
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
     with pytest.raises(ValueError, match="none of 1 pictures could be read"):
         load_latents(preset(tmp_path), load_pipeline(pipeline_dir), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "size"),
+    [("ink.jpg", "CMYK", (30, 20)), ("deep.png", "I;16", (20, 30)), ("dot.png", "RGB", (1, 1)),
+     ("wide.jpg", "RGB", (8000, 5000)), ("mask.png", "1", (16, 16)), ("veil.png", "LA", (20, 20))],
+)  # fmt: skip
+def test_pictures_of_every_kind_become_pixels(name, mode, size, tmp_path):
+    """Inks, sixteen bits, one pixel, forty megapixels, one bit, grey with transparency."""
+    white = {"CMYK": (0, 0, 0, 0), "I;16": 65535, "1": 1, "LA": (0, 0)}.get(mode, (255, 255, 255))
+    Image.new(mode, size, white).save(tmp_path / name)
+    pixels = data.to_pixels(Image.open(tmp_path / name), 64)
+    assert pixels.shape == (3, 64, 64) and pixels.min() > 0.97  # all of them are white
+
+
+def test_of_an_animation_the_first_picture_counts(tmp_path):
+    red, blue = Image.new("RGB", (10, 10), "red"), Image.new("RGB", (10, 10), "blue")
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue, red])
+    pixels = data.to_pixels(Image.open(tmp_path / "a.gif"), 64)
+    assert pixels[0].min() > 0.9 and pixels[2].max() < -0.9

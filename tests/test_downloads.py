@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.file_download
 import pytest
+from conftest import disk_full_beyond
 
 from bksdm_utils import downloads
 from bksdm_utils.downloads import DOWNLOADS, Download, fetch, fetch_folder
@@ -122,6 +123,14 @@ def test_too_little_disk_is_said_before_the_download(server, tmp_path, monkeypat
     with pytest.raises(ValueError, match="Make room"):
         fetch(Download(f"{server}/file.bin", "file.bin", disk_factor=2.0), tmp_path)
     assert Server.asked == [] and "of disk needed" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_keeps_what_came_and_goes_on_later(server, tmp_path):
+    download = Download(f"{server}/file.bin", "file.bin")
+    with disk_full_beyond(100_000), pytest.raises(OSError):
+        fetch(download, tmp_path)
+    assert not (tmp_path / "file.bin").exists()
+    assert fetch(download, tmp_path).read_bytes() == CONTENT
 
 
 def archive(names, cut=False, link=None):
