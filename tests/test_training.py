@@ -212,12 +212,14 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
         if kill >= 5:
             stamp = (folder / "log.csv").stat().st_mtime_ns if (folder / "log.csv").exists() else 0
             wait_for(lambda: (folder / "log.csv").exists() and (folder / "log.csv").stat().st_mtime_ns != stamp)  # noqa: B023
-            time.sleep(chance.uniform(0, training_time / 12))
+            time.sleep(chance.uniform(0, training_time / 24))
         else:
             time.sleep(chance.uniform(loading / 2, loading))
         child.kill()
-        assert child.wait() == -9
-    assert start(folder).wait() == 0
+        if child.wait() == 0:  # a machine in a hurry may end the run before its twentieth kill
+            break
+        assert child.returncode == -9
+    assert kill >= 12 and start(folder).wait() == 0
     for part in ("unet", "unet_ema"):
         one, other = newest(tmp_path / "whole", part), newest(folder, part)
         assert all(torch.equal(one[name], other[name]) for name in one)
