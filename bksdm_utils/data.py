@@ -75,9 +75,9 @@ def read_folder(folder: str | Path) -> tuple[list[Example], Skipped]:
     return examples, skipped
 
 
-def in_threads(function: Callable, items: Iterable, ahead: int = 64) -> Iterator:
+def in_threads(function: Callable, items: Iterable, ahead: int = 64, workers: int | None = None) -> Iterator:
     """`map` in threads: results in order, at most `ahead` items taken before they are asked for."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(workers) as pool:
         pending = deque()
         for item in items:
             pending.append(pool.submit(function, item))

@@ -312,7 +312,7 @@ class Trainer:
             num_examples: size of the data set that `draw.indices` points into; None for a stream.
 
         Raises:
-            ValueError: another training writes to the same folder, or there is too little disk for the checkpoints.
+            ValueError: another run writes to the same folder, or there is too little disk for the checkpoints.
             FloatingPointError: too many steps in a row had no finite gradient.
         """
         self.model.train()
@@ -610,7 +610,7 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another training writes to {folder}: wait, stop it, or use another output_dir") from error
+        raise ValueError(f"another run writes to {folder}: wait, stop it, or use another folder") from error
     try:
         yield
     finally:

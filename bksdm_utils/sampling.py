@@ -1,9 +1,18 @@
-"""Prompts to pictures. Each picture has a seed of its own, so batch size and order do not change it."""
+"""Pipelines, and prompts to pictures in memory.
+
+Each picture has a seed of its own, and on a CPU it comes out the same bit for bit whatever the batch size, the order,
+and the number of threads.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
-from collections.abc import Sequence
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -13,12 +22,18 @@ import transformers
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from .data import in_threads
 from .presets import resolve
 
 PARTS = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
                                   "scheduler"),
+}  # fmt: skip
+SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
+SCHEDULERS = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}), "ddim": ("DDIMScheduler", {"clip_sample": False}),
 }  # fmt: skip
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -97,34 +112,188 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     return swapped
 
 
-def picture_seed(seed: int, picture: int) -> int:
-    """The seed of one picture, a function of the run's seed and the picture's number."""
+def load_unet(place: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
+    """A U-Net of its own folder or hub id, or of a whole pipeline's, on the pipeline's device and of its type.
+
+    Raises:
+        ValueError: there is none, or it does not fit the pipeline's latents and texts.
+    """
+    place, within = resolve(place), {}
+    if (Path(place) / "unet" / "config.json").is_file():
+        within = {"subfolder": "unet"}
+    try:
+        unet = UNet2DConditionModel.from_pretrained(place, **within)
+    except Exception as error:  # as in load_pipeline
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no U-Net could be loaded from {place!r} ({reason}): expected a folder with config.json and "
+                         "weights, such as notebook 03's unet_ema, or a hub id") from error  # fmt: skip
+    for name in ("in_channels", "out_channels", "cross_attention_dim"):
+        ours, theirs = unet.config[name], pipeline.unet.config[name]
+        if ours != theirs:
+            raise ValueError(f"the U-Net of {place!r} has {name} {ours}, the pipeline's has {theirs}: it belongs to "
+                             "another teacher")  # fmt: skip
+    return unet.to(pipeline.device, pipeline.unet.dtype, memory_format=torch.channels_last).eval()
+
+
+def load_lora(pipeline: Pipeline, place: str | Path) -> Pipeline:
+    """The pipeline with a LoRA, as diffusers' `save_lora_weights` writes it, merged into its weights.
+
+    Raises:
+        ValueError: there is none, or it changes nothing in this pipeline.
+    """
+    before = model_hash(pipeline)
+    try:
+        pipeline.load_lora_weights(resolve(place))
+    except Exception as error:  # as in load_pipeline; a LoRA of another base fails by shape or by name
+        raise ValueError(f"the LoRA {str(place)!r} could not be loaded ({' '.join(str(error).split())}): expected what "
+                         "save_lora_weights of diffusers writes, for this base model") from error  # fmt: skip
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    if model_hash(pipeline) == before:  # keys that diffusers does not know it passes over in silence
+        raise ValueError(f"the LoRA {str(place)!r} changes no weight of this pipeline: expected diffusers' LoRA format")
+    return pipeline
+
+
+def model_hash(pipeline: Pipeline) -> str:
+    """A hash of all weights and of the schedule, that names what draws the pictures."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        model = getattr(pipeline, part, None)
+        for name, tensor in model.state_dict().items() if model is not None else ():
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
+    """The same pipeline with another scheduler of the same noise schedule; None keeps its own."""
+    if name is None:
+        return pipeline
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    kind, changes = SCHEDULERS[name]
+    changed = with_unet(pipeline, pipeline.unet)
+    changed.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **changes)
+    return changed
+
+
+def picture_seed(seed: int, picture: int | str) -> int:
+    """The seed of one picture, a function of the run's seed and the picture's number or id."""
+    if isinstance(picture, str):
+        picture = int.from_bytes(hashlib.sha256(picture.encode()).digest()[:8], "big")
     high, low = np.random.SeedSequence((seed, picture)).generate_state(2)
     return int(high) << 32 | int(low)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        scheduler: one of `SCHEDULERS`; None is the pipeline's own.
+        size: pixels a side; None is what the U-Net was trained for.
+        image_format: of pictures in a folder: png, or jpeg of quality 75 as in the paper.
+        batch_size: pictures in one pass on a GPU. A CPU's passes have a fixed size, for the sake of equal bits.
+    """
+
+    seed: int = 0
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    size: int | None = None
+    image_format: str = "png"
+    batch_size: int = 16
+
+    def __post_init__(self):
+        if self.num_inference_steps < 4:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
+        if self.batch_size < 1 or self.guidance_scale < 0 or self.seed < 0:
+            raise ValueError(f"{self}: expected a batch_size of 1 or more, guidance_scale and seed of 0 or more")
+        if self.image_format not in SUFFIXES:
+            raise ValueError(f"unknown image_format {self.image_format!r}: expected one of {', '.join(SUFFIXES)}")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"size is {self.size}: expected a multiple of 8 pixels")
+
+
+def draw(
+    pipeline: Pipeline, captions: Sequence[str], seeds: Sequence[int], sampling: Sampling
+) -> Iterator[list[Image.Image]]:
+    """One picture for each caption from the noise of its seed, pass by pass, in order.
+
+    The next pass is computed while the caller works on the last one. Kernels may round differently for another number
+    of pictures or threads. So on a CPU every pass has the same number of pictures, filled up at the end, and one
+    thread; several threads work on several passes. A GPU takes `sampling.batch_size` and promises the same noise only.
+    """
+    pipeline = with_scheduler(pipeline, sampling.scheduler)
+    size, workers = _passes(pipeline, sampling)
+    crew = queue.SimpleQueue()
+    for _ in range(workers):  # a scheduler remembers where it is, so each worker has its own
+        member = with_unet(pipeline, pipeline.unet)
+        member.scheduler = copy.deepcopy(pipeline.scheduler)
+        crew.put(member)
+
+    def one_pass(start: int) -> list[Image.Image]:
+        member = crew.get()
+        try:
+            return _draw_pass(member, captions[start : start + size], seeds[start : start + size], sampling, size)
+        finally:
+            crew.put(member)
+
+    with _single_threaded(pipeline.device.type == "cpu"), _evaluating(pipeline.unet):
+        yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
+
+
+def _passes(pipeline: Pipeline, sampling: Sampling) -> tuple[int, int]:
+    """Pictures in a pass, and how many passes are computed at once."""
+    if pipeline.device.type != "cpu":
+        return sampling.batch_size, 1
+    side = (sampling.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    return (8 if side <= 32 else 1), torch.get_num_threads()  # 8 small ones fill a core; a large one does alone
+
+
+@contextmanager
+def _single_threaded(wanted: bool) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _evaluating(unet: UNet2DConditionModel) -> Iterator[None]:
+    was_training = unet.training
+    unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(was_training)
+
+
 @torch.no_grad()
-def generate(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 7.5,
-    batch_size: int = 32,
+def _draw_pass(
+    pipeline: Pipeline, captions: Sequence[str], seeds: Sequence[int], sampling: Sampling, size: int
 ) -> list[Image.Image]:
-    """Draws one picture for each prompt; picture i starts from the noise of `picture_seed(seed, i)`."""
-    was_training, told = pipeline.unet.training, pipeline.text_encoder.dtype
-    pipeline.unet.eval()
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        seeds = [picture_seed(seed, start + i) for i in range(len(batch))]
-        # A student in training has full-precision weights, among a teacher's parts that may have half.
-        with torch.autocast(pipeline.device.type, told, enabled=pipeline.unet.dtype != told):
-            pictures += pipeline(
-                batch, generator=[torch.Generator().manual_seed(s) for s in seeds],
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            ).images  # fmt: skip
-    pipeline.unet.train(was_training)
-    return pictures
+    filled = [*captions, *captions[-1:] * (size - len(captions))]
+    generators = [torch.Generator().manual_seed(s) for s in (*seeds, *seeds[-1:] * (size - len(seeds)))]
+    # A student in training has full-precision weights, among a teacher's parts that may have half.
+    told = pipeline.text_encoder.dtype
+    with torch.autocast(pipeline.device.type, told, enabled=pipeline.unet.dtype != told):
+        pictures = pipeline(
+            filled, generator=generators, num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale, height=sampling.size, width=sampling.size,
+        ).images  # fmt: skip
+    return pictures[: len(captions)]
+
+
+def generate(pipeline: Pipeline, captions: Sequence[str], **sampling) -> list[Image.Image]:
+    """One picture for each caption, in memory; picture i starts from the noise of `picture_seed(seed, i)`.
+
+    Args:
+        sampling: as `Sampling` takes it.
+    """
+    settings = Sampling(**sampling)
+    seeds = [picture_seed(settings.seed, i) for i in range(len(captions))]
+    return [picture for pictures in draw(pipeline, captions, seeds, settings) for picture in pictures]

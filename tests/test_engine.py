@@ -279,7 +279,7 @@ def test_two_trainings_never_write_to_one_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
     trainer = Trainer(model(), CONFIG, tmp_path)
-    with pytest.raises(ValueError, match="another training writes to"):
+    with pytest.raises(ValueError, match="another run writes to"):
         next(trainer.steps(loss_function, len(EXAMPLES)))
     other.kill()
     other.wait()
