@@ -45,6 +45,17 @@ DOWNLOADS: Mapping[str, Download] = {
     "coco_captions": Download(f"{_BUCKET}/mscoco_val2014_30k/metadata.csv", "data/mscoco_val2014_30k/metadata.csv"),
     "dreambooth": Download("https://github.com/google/dreambooth/archive/refs/heads/main.tar.gz",
                            "data/dreambooth.tar.gz", disk_factor=2.1),
+    "inception_pytorch_fid": Download(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "data/weights/checkpoints/pt_inception-2015-12-05-6726825d.pth"),
+    "inception_clean_fid": Download(
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+        "data/weights/inception-2015-12-05.pt"),
+    "inception_torch_fidelity": Download(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "data/weights/weights-inception-2015-12-05-6726825d.pth"),
+    "coco_pictures": Download("http://images.cocodataset.org/zips/val2014.zip",
+                              "data/mscoco_val2014_41k_full/val2014.zip"),
     "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz",
                                 "data/mscoco_val2014_41k_full/real_im256.npz"),
 }  # fmt: skip

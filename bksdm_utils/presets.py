@@ -23,6 +23,10 @@ class Preset:
         streaming: read shards or a hub data set as they come, without keeping pictures or latents on disk.
         resolution: pixels a side of the training pictures.
         flip: whether pictures may be mirrored; storybook's captions say left and right, so there they may not.
+        protocol: how notebook 04 scores, of `evaluation.PROTOCOLS`.
+        prompts: a CSV file of captions to draw; None takes storybook's test scenes.
+        real: real pictures' statistics, folder or .zip; None renders storybook scenes.
+        num_evaluation_images: how many pictures of each model notebook 04 scores.
         measured: whether these settings have been run to the end by the authors.
     """
 
@@ -54,6 +58,10 @@ class Preset:
     num_train_scenes: int = 0  # storybook only: how many scenes are rendered for training
     validation_steps: int = 500
     num_validation_images: int = 16
+    protocol: str = "paper"
+    prompts: str | None = "data/mscoco_val2014_30k/metadata.csv"
+    real: str | None = "data/mscoco_val2014_41k_full/real_im256.npz"
+    num_evaluation_images: int = 30_000
     measured: bool = False
 
     def with_parameters(self, **parameters) -> Preset:
@@ -78,7 +86,7 @@ class Preset:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
         positive = ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
                     "num_inference_steps", "num_images", "validation_steps",
-                    "num_validation_images")  # fmt: skip
+                    "num_validation_images", "num_evaluation_images")  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
@@ -95,7 +103,8 @@ STORYBOOK = Preset(
     "storybook", "data/storybook/teacher", "data/storybook/teacher", "bk_small", "data/storybook/clip", None,
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
-    num_train_scenes=3_000, validation_steps=100, num_validation_images=128, measured=True,
+    num_train_scenes=3_000, validation_steps=100, num_validation_images=128, protocol="storybook",
+    prompts=None, real=None, num_evaluation_images=100, measured=True,
 )  # fmt: skip
 
 LAION_AES = "data/laion_aes/preprocessed_212k"

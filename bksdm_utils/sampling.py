@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,12 +156,18 @@ def load_lora(pipeline: Pipeline, place: str | Path) -> Pipeline:
 
 def model_hash(pipeline: Pipeline) -> str:
     """A hash of all weights and of the schedule, that names what draws the pictures."""
-    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        model = getattr(pipeline, part, None)
-        for name, tensor in model.state_dict().items() if model is not None else ():
-            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    parts = {part: getattr(pipeline, part, None) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    tensors = {f"{part}.{name}": tensor for part, model in parts.items() if model is not None
+               for name, tensor in model.state_dict().items()}  # fmt: skip
+    return tensors_hash(tensors, json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], about: str = "") -> str:
+    """Sixteen hexadecimal digits that change with any name, type, shape or bit of the tensors, and with `about`."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

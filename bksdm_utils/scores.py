@@ -1,75 +1,361 @@
-"""How good pictures are. First form: CLIP score, and the storybook world's exact zero-shot accuracies."""
+"""How good pictures are: FID, KID, Inception score, CLIP score, and the storybook world's exact accuracies.
+
+Only this module knows the networks that judge. Nothing is downloaded in silence: a network whose weights are not there
+is an error that names the file, where it was looked for, and the command that fetches it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
+
+try:  # transformers 5 resizes by torchvision unless told; CLIP scores are published with Pillow's pixels
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
 
 from . import storybook
-from .presets import Preset, resolve
-from .sampling import Pipeline, generate
+from .downloads import DOWNLOADS
+from .presets import ROOT, Preset, resolve
+from .sampling import Pipeline, generate, tensors_hash
 from .storybook import Scene
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that describes pictures, or texts, by rows of numbers.
+
+    Attributes:
+        name: fit for a file name.
+        key: a hash of its weights and of how it prepares its input.
+        dim: numbers in a row.
+        prepare: one picture or text to a tensor; called in threads.
+        forward: a batch of such tensors, (N, …), to (N, dim).
+    """
+
+    name: str
+    key: str
+    dim: int
+    prepare: Callable[[object], torch.Tensor]
+    forward: Callable[[torch.Tensor], torch.Tensor]
+
+    @torch.no_grad()
+    def __call__(self, items: Sequence[object], batch_size: int = 128) -> torch.Tensor:
+        """Rows of pictures or texts, (N, dim)."""
+        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        return torch.cat([self.forward(torch.stack([self.prepare(item) for item in batch])) for batch in batches])
 
 
 class ClipJudge:
     """A CLIP that compares pictures with texts.
 
     Args:
-        folder: a transformers CLIPModel folder or hub id with its tokenizer and image processor.
+        place: a transformers CLIPModel folder, or the hub id of one that has been fetched.
+
+    Raises:
+        ValueError: there is none; it says where it was looked for and how to get it.
     """
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
-        self.model = CLIPModel.from_pretrained(folder).to(device).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.processor = CLIPImageProcessor.from_pretrained(folder)
+    def __init__(self, place: str | Path, device: str | torch.device = "cpu"):
+        place = resolve(place)
+        try:
+            self.model = CLIPModel.from_pretrained(place, local_files_only=True).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+            self.processor = CLIPImageProcessor.from_pretrained(place, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"no CLIP at {place!r}: looked for a folder, and in the hub's cache on this machine "
+                             f"({reason}). With a network: hf download {place}") from error  # fmt: skip
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of weights, vocabulary and picture preparation."""
+        about = f"{self.processor.to_json_string()}{sorted(self.tokenizer.get_vocab().items())}"
+        return tensors_hash(self.model.state_dict(), about)
+
+    @cached_property
+    def pictures(self) -> Network:
+        """What the vision tower makes of a picture before its projection; the storybook's FID is of these features."""
+
+        def prepare(picture: Image.Image) -> torch.Tensor:
+            return self.processor(picture.convert("RGB"), return_tensors="pt").pixel_values[0]
+
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
+            return self.model.vision_model(pixels.to(self.model.device)).pooler_output
+
+        return Network("clip", self.key, self.model.config.vision_config.hidden_size, prepare, forward)
+
+    @cached_property
+    def captions(self) -> Network:
+        """Unit-length embeddings of texts."""
+
+        def prepare(text: str) -> torch.Tensor:
+            ids = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            return ids[0]
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            text = self.model.text_model(ids.to(self.model.device)).pooler_output
+            return F.normalize(self.model.text_projection(text), dim=-1)
+
+        return Network("clip_text", self.key, self.model.config.projection_dim, prepare, forward)
 
     @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image], batch_size: int = 128) -> torch.Tensor:
-        """What the vision tower makes of pictures before its projection, (N, D), for the FID."""
-        found = []
-        for start in range(0, len(pictures), batch_size):
-            batch = [picture.convert("RGB") for picture in pictures[start : start + batch_size]]
-            pixels = self.processor(batch, return_tensors="pt").pixel_values
-            found.append(self.model.vision_model(pixels.to(self.model.device)).pooler_output)
-        return torch.cat(found)
+    def embed(self, features: torch.Tensor) -> torch.Tensor:
+        """Rows of `pictures` to unit-length embeddings, (N, D), that are comparable with those of texts."""
+        return F.normalize(self.model.visual_projection(features.to(self.model.device)), dim=-1)
 
-    @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Unit-length embeddings of pictures, (N, D)."""
-        return F.normalize(self.model.visual_projection(self.features(pictures)), dim=-1)
+        return self.embed(self.pictures(pictures))
 
-    @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> torch.Tensor:
         """Unit-length embeddings of texts, (N, D)."""
-        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        text = self.model.text_model(tokens.to(self.model.device)).pooler_output
-        return F.normalize(self.model.text_projection(text), dim=-1)
+        return self.captions(captions)
+
+    @cached_property
+    def storybook_classes(self) -> torch.Tensor:
+        """A classifier of storybook's objects and colours, (80, D): for each the mean embedding of its captions."""
+        classes = [(o, c) for o in storybook.OBJECTS for c in storybook.COLOURS]
+        captions = [str(storybook.Thing(size, c, o)) for o, c in classes for size in storybook.SIZES]
+        captions = [f"{thing} {place}" for thing in captions for place in storybook.PLACES]
+        return F.normalize(
+            self.texts(captions).view(len(classes), -1, self.model.config.projection_dim).mean(1), dim=-1
+        )
+
+    @torch.no_grad()
+    def storybook_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Rows of `pictures` to logits over `storybook_classes`, (N, 80), for the Inception score."""
+        return self.model.logit_scale.exp() * self.embed(features) @ self.storybook_classes.T
+
+
+def inception_pytorch(device: str = "cpu") -> Network:
+    """pytorch-fid's Inception, 2,048 features, bilinear resizing: the paper's FID (clean-fid's legacy_pytorch).
+
+    Raises:
+        ValueError: its weights are not on this machine.
+    """
+    from cleanfid.inception_pytorch import InceptionV3
+    from cleanfid.resize import build_resizer
+
+    weights = find_weights("inception_pytorch_fid")
+    with _hub_dir(weights.parent.parent):  # where the network's own code looks for them
+        model = InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
+    resize = build_resizer("legacy_pytorch")
+    return Network("inception_pytorch", tensors_hash(model.state_dict(), "legacy_pytorch"), 2048,
+                   lambda picture: _resized(picture, resize),
+                   lambda pixels: model(pixels.to(device) / 255)[0].flatten(1))  # fmt: skip
+
+
+def inception_clean(device: str = "cpu") -> Network:
+    """clean-fid's Inception, 2,048 features, antialiased bicubic resizing (arXiv 2104.11222).
+
+    Raises:
+        ValueError: its weights are not on this machine.
+    """
+    from cleanfid.inception_torchscript import InceptionV3W
+    from cleanfid.resize import build_resizer
+
+    weights = find_weights("inception_clean_fid")
+    model = InceptionV3W(str(weights.parent), download=False).to(device).eval()
+    resize = build_resizer("clean")
+    return Network("inception_clean", tensors_hash(model.state_dict(), "clean"), 2048,
+                   lambda picture: _resized(picture, resize), lambda pixels: model(pixels.to(device)))  # fmt: skip
+
+
+def inception_classes(device: str = "cpu") -> Network:
+    """torch-fidelity's Inception, 1,008 unbiased logits: the paper's Inception score.
+
+    Raises:
+        ValueError: its weights are not on this machine.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    weights = find_weights("inception_torch_fidelity")
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"], str(weights)).to(device)
+
+    def prepare(picture: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+    return Network("inception_classes", tensors_hash(model.state_dict(), "logits_unbiased"), 1008, prepare,
+                   lambda pixels: model(pixels.to(device))[0])  # fmt: skip
+
+
+def find_weights(name: str) -> Path:
+    """The file of a network's weights, of `downloads.DOWNLOADS`.
+
+    Raises:
+        ValueError: it is not there; it says where it was looked for and how to get it.
+    """
+    path = ROOT / DOWNLOADS[name].path
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / path.name
+    for place in (path, hub):
+        if place.is_file():
+            return place
+    raise ValueError(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
+                     f"python -m bksdm_utils.downloads {name}")  # fmt: skip
+
+
+@contextmanager
+def _hub_dir(folder: Path):
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(folder))
+    try:
+        yield
+    finally:
+        torch.hub.set_dir(before)
+
+
+def _resized(picture: Image.Image, resize: Callable) -> torch.Tensor:
+    """A picture to (3, 299, 299) floats of 0 … 255."""
+    return torch.from_numpy(resize(np.array(picture.convert("RGB")))).permute(2, 0, 1)
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """A number and its error bar: one standard error, of the Inception score the spread over its splits."""
+
+    value: float
+    error: float
+
+
+class Statistics:
+    """Mean and covariance of features, all that the FID needs.
+
+    Args:
+        mean: (D,).
+        covariance: (D, D), divided by N - 1.
+    """
+
+    def __init__(self, mean: np.ndarray, covariance: np.ndarray):
+        self.mean, self.covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+
+    @classmethod
+    def of(cls, rows: np.ndarray, chosen: np.ndarray | None = None, block: int = 2048) -> Statistics:
+        """Of rows (N, D), or of some of them, read block by block, so that they may be a file."""
+        chosen = np.arange(len(rows)) if chosen is None else np.sort(chosen)
+        if len(chosen) < 2:
+            raise ValueError(f"{len(chosen)} pictures: a covariance needs two at least")
+        blocks = [chosen[start : start + block] for start in range(0, len(chosen), block)]
+        mean = sum(np.asarray(rows[b], np.float64).sum(0) for b in blocks) / len(chosen)
+        centred = (np.asarray(rows[b], np.float64) - mean for b in blocks)
+        return cls(mean, sum(x.T @ x for x in centred) / (len(chosen) - 1))
+
+    @classmethod
+    def load(cls, path: Path, dim: int) -> Statistics:
+        """From an .npz with mu and sigma, as pytorch-fid writes it.
+
+        Raises:
+            ValueError: it cannot be read, or its features are not `dim` numbers.
+        """
+        try:
+            with np.load(path) as file:
+                mean, covariance = file["mu"], file["sigma"]
+        except Exception as error:  # zipfile, pickle and numpy each raise their own
+            raise ValueError(f"{path} cannot be read ({error}): expected an .npz with mu and sigma") from error
+        if mean.shape != (dim,) or covariance.shape != (dim, dim):
+            raise ValueError(f"{path} has mu {mean.shape} and sigma {covariance.shape}, this network gives {dim} "
+                             "features: the statistics are of another network or layer")  # fmt: skip
+        return cls(mean, covariance)
+
+    def save(self, path: Path) -> None:
+        """As pytorch-fid writes it."""
+        np.savez(path, mu=self.mean, sigma=self.covariance)
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The covariance's symmetric square root."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def fid(features, real) -> float:
+    """Fréchet distance of Gaussians: |m - m_r|² + Tr(C + C_r - 2 (C C_r)^½) (arXiv 1706.08500).
+
+    Few pictures bias it upwards: only values of equally many pictures and one network may be compared. The trace of
+    the root is summed over the eigenvalues of C_r^½ C C_r^½, which is symmetric: the number that scipy's sqrtm gives,
+    but many times faster at 2,048 dimensions, and sound where there are fewer pictures than dimensions.
+
+    Args:
+        features, real: `Statistics`, or rows (N, D).
+    """
+    drawn, real = (s if isinstance(s, Statistics) else Statistics.of(np.asarray(s)) for s in (features, real))
+    difference = drawn.mean - real.mean
+    roots = np.sqrt(np.linalg.eigvalsh(real.root @ drawn.covariance @ real.root).clip(0)).sum()
+    return float(difference @ difference + np.trace(drawn.covariance) + np.trace(real.covariance) - 2 * roots)
+
+
+def kid(features: np.ndarray, real: np.ndarray, subsets: int = 100) -> Score:
+    """Kernel distance (arXiv 1801.01401) by torch-fidelity: unbiased, so usable for few pictures.
+
+    Args:
+        features, real: rows (N, D), (M, D).
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(1000, len(features) // 2, len(real) // 2)
+    rows = (torch.from_numpy(np.array(x, np.float32)) for x in (features, real))
+    found = kid_features_to_metric(*rows, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
+    spread = found["kernel_inception_distance_std"] * (size / (len(features) - size)) ** 0.5  # as half_sample_error
+    return Score(found["kernel_inception_distance_mean"], spread)
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> Score:
+    """exp E KL(p(y|x) ‖ p(y)) by torch-fidelity: mean and spread over splits.
+
+    Args:
+        logits: (N, classes); fewer than ten pictures a split bias it downwards.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    found = isc_features_to_metric(torch.from_numpy(np.array(logits, np.float32)), splits=splits, shuffle=True,
+                                   rng_seed=2020)  # fmt: skip
+    return Score(found["inception_score_mean"], found["inception_score_std"])
+
+
+def mean_score(values: np.ndarray) -> Score:
+    """Mean and its standard error; NaN without values."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return Score(float(values.mean()) if len(values) else float("nan"), float(error))
+
+
+def half_sample_error(statistic: Callable[[np.ndarray], float], count: int, repeats: int = 20) -> float:
+    """Standard error of a statistic of `count` pictures: its spread over random halves, drawn without replacement.
+
+    Half of the sample, left alone by the other half, varies as the whole does (McCarthy 1969); unlike a bootstrap it
+    holds no picture twice, which would shift a FID.
+
+    Args:
+        statistic: of indices into the pictures.
+    """
+    chance = np.random.default_rng(0)
+    return float(np.std([statistic(chance.permutation(count)[: count // 2]) for _ in range(repeats)], ddof=1))
 
 
 def clip_score(judge: ClipJudge, pictures: Sequence[Image.Image], captions: Sequence[str]) -> float:
     """Mean cosine between each picture and its caption (the paper's convention: not scaled by 100, not clipped)."""
     if len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption for each picture")
-    return (judge.images(pictures) * judge.texts(captions)).sum(-1).mean().item()
+    return cosines(judge.images(pictures), judge.texts(captions)).mean().item()
 
 
-def fid(features: torch.Tensor, real_features: torch.Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to the features (N, D) of drawn and of real pictures, by clean-fid.
-
-    Few pictures bias it upwards: only values of equally many pictures and one feature network may be compared.
-    """
-    from cleanfid.fid import frechet_distance  # takes a second that other scores need not wait for
-
-    moments = [(f.mean(0), np.cov(f, rowvar=False)) for f in (features.double().cpu().numpy(),
-                                                              real_features.double().cpu().numpy())]  # fmt: skip
-    return float(frechet_distance(*moments[0], *moments[1]))
+def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """The cosine of each pair of unit-length embeddings, (N, D) and (N, D) to (N,)."""
+    return (images * texts).sum(-1)
 
 
 def zero_shot_accuracy(
@@ -83,15 +369,20 @@ def zero_shot_accuracy(
     chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1 or not singles_only]
     if not chosen:
         raise ValueError("no picture of a single object among the scenes: give more scenes, or singles_only=False")
-    embedded = judge.images([pictures[i] for i in chosen])
-    accuracy = {}
+    right = named_rightly(judge, judge.images([pictures[i] for i in chosen]), [scenes[i] for i in chosen])
+    return {attribute: float(found.mean()) for attribute, found in right.items()}
+
+
+def named_rightly(judge: ClipJudge, images: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """Which of the embedded pictures, (N, D), the judge takes for what their scenes say: attribute -> (N,) of bool."""
+    right = {}
     for attribute in storybook.ATTRIBUTES:
-        options = [scenes[i].alternatives(attribute) for i in chosen]
+        options = [scene.alternatives(attribute) for scene in scenes]
         texts = judge.texts([option.caption for group in options for option in group])
-        similarity = torch.einsum("nd,nod->no", embedded, texts.view(len(chosen), len(options[0]), -1))
-        truth = torch.tensor([group.index(scenes[i]) for i, group in zip(chosen, options, strict=True)])
-        accuracy[attribute] = (similarity.argmax(1).cpu() == truth).float().mean().item()
-    return accuracy
+        similarity = torch.einsum("nd,nod->no", images, texts.view(len(scenes), len(options[0]), -1))
+        truth = torch.tensor([group.index(scene) for scene, group in zip(scenes, options, strict=True)])
+        right[attribute] = (similarity.argmax(1).cpu() == truth).numpy()
+    return right
 
 
 PROMPTS = (
@@ -147,11 +438,11 @@ class Scorer:
             return {"clip_score": float("nan"), "fid": float("nan")}
         captions = [scene.caption for scene in self.validation_scenes]
         pictures = self._draw(pipeline, captions, num_inference_steps)
-        distance = fid(self.judge.features(pictures), self._real_features)
+        distance = fid(self.judge.pictures(pictures), self._real_features)
         score = clip_score(self.judge, pictures, captions)
         return {"clip_score": round(score, 4), "fid": round(distance, 3)}
 
     @cached_property
     def _real_features(self) -> torch.Tensor:
         scenes = self.validation_scenes
-        return self.judge.features([storybook.render(scene, seed) for seed, scene in enumerate(scenes)])
+        return self.judge.pictures([storybook.render(scene, seed) for seed, scene in enumerate(scenes)])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,6 +111,19 @@ def render(scene: Scene, seed: int = 0, size: int = SIZE) -> Image.Image:
     for thing, centre in zip(scene.things, _centres(scene, rng), strict=False):
         _paste(canvas, thing, centre)
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def nearest(picture: Image.Image, scenes: Sequence[Scene], size: int = 32, renders: int = 8) -> int:
+    """Which of the scenes a picture is nearest to: the least squared distance to some of each one's renders.
+
+    A judge that no training has touched, for what depends on where things are: relations.
+    """
+    pixels = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX), np.float32)
+    distances = [
+        min(np.square(np.asarray(render(scene, seed, size), np.float32) - pixels).mean() for seed in range(renders))
+        for scene in scenes
+    ]
+    return int(np.argmin(distances))
 
 
 def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:

@@ -1,0 +1,442 @@
+"""Scores of a folder of pictures by a named protocol: resumable, and never of other pictures than those they stand for.
+
+A protocol says what the judging networks see of a picture, which networks they are, and what the real pictures are.
+Rows that a network has computed are kept beside the pictures under each picture's hash, so that one more picture
+costs one more row; a file of scores carries a hash of the pictures, the networks and the real pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import storybook
+from .data import Skipped, in_threads, storybook_examples
+from .engine import alone
+from .pictures import Prompt, picture_path, storybook_scene, whole_pictures
+from .presets import ROOT, resolve
+from .run import write_json
+from .scores import (
+    ClipJudge,
+    Network,
+    Score,
+    Statistics,
+    cosines,
+    fid,
+    half_sample_error,
+    inception_classes,
+    inception_clean,
+    inception_pytorch,
+    inception_score,
+    kid,
+    mean_score,
+    named_rightly,
+)
+
+FEW = 10_000  # pictures below which a FID says little
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def as_stored(picture: Image.Image) -> Image.Image:
+    """The picture itself."""
+    return picture
+
+
+def as_paper(picture: Image.Image) -> Image.Image:
+    """What the paper's scores are of: JPEG of quality 75, Pillow's bicubic to 256 pixels, JPEG of quality 75 again.
+
+    A file that is a JPEG already is not compressed once more before it is made smaller.
+    """
+    if picture.format != "JPEG":
+        picture = _jpeg(picture.convert("RGB"))
+    return _jpeg(picture.resize((256, 256), Image.Resampling.BICUBIC))
+
+
+def _jpeg(picture: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=75)
+    return Image.open(file)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures are scored.
+
+    Attributes:
+        view: what the networks see of a stored picture.
+        clip: the CLIP of the CLIP score; for storybook it gives the other scores' features too.
+        features: makes the network of FID and KID; None is the CLIP.
+        classes: makes the network of the Inception score; None is the CLIP.
+    """
+
+    name: str
+    view: Callable[[Image.Image], Image.Image]
+    clip: str
+    features: Callable[[str], Network] | None = None
+    classes: Callable[[str], Network] | None = None
+
+
+VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
+PROTOCOLS = {
+    "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes),
+    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes),
+    "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
+}
+
+
+# --- rows that are computed once --------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows of numbers under the hash of what they were computed from: a file that grows, and its index.
+
+    A kill loses the last block at most: what stands in only one of the two files is cut off.
+    """
+
+    def __init__(self, folder: Path, dim: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.numbers, self.index, self.dim = folder / "rows.f32", folder / "index.txt", dim
+        for path in (self.numbers, self.index):
+            path.touch()
+        keys = self.index.read_bytes().split(b"\n")[:-1]  # without the last, which is torn or empty
+        whole = min(len(keys), self.numbers.stat().st_size // (4 * dim))
+        with self.numbers.open("ab") as numbers, self.index.open("ab") as index:
+            numbers.truncate(whole * 4 * dim)
+            index.truncate(sum(len(key) + 1 for key in keys[:whole]))
+        self.place = {key.decode(): i for i, key in enumerate(keys[:whole])}
+
+    def add(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        """Appends rows, (len(keys), dim)."""
+        with self.numbers.open("ab") as numbers, self.index.open("a", encoding="utf-8") as index:
+            numbers.write(np.ascontiguousarray(rows, np.float32).tobytes())
+            numbers.flush()
+            index.write("".join(f"{key}\n" for key in keys))
+        for key in keys:
+            self.place[key] = len(self.place)
+
+    def all(self) -> np.ndarray:
+        """Every row, (N, dim), as a file mapped to memory."""
+        shape = (len(self.place), self.dim)
+        return np.memmap(self.numbers, np.float32, "r", shape=shape) if self.place else np.zeros(shape, np.float32)
+
+    def where(self, keys: Sequence[str]) -> np.ndarray:
+        """The places of these keys among all rows."""
+        return np.array([self.place[key] for key in keys], np.int64)
+
+
+def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], object]], batch_size: int = 64) -> Skipped:
+    """Has the network describe what is not described yet; the next items are prepared while it works.
+
+    Args:
+        items: hash -> what opens the picture or gives the text.
+
+    Returns:
+        (hash, reason) of what could not be opened.
+    """
+    failed: Skipped = []
+
+    def prepared(key: str) -> tuple[str, torch.Tensor | str]:
+        try:
+            return key, network.prepare(items[key]())
+        except Exception as error:  # Pillow raises many kinds for a broken file
+            return key, str(error) or type(error).__name__
+
+    ready = in_threads(prepared, (key for key in items if key not in rows.place), ahead=2 * batch_size)
+    while batch := list(islice(ready, batch_size)):
+        failed += [(key, found) for key, found in batch if isinstance(found, str)]
+        good = [(key, found) for key, found in batch if not isinstance(found, str)]
+        if good:
+            with torch.no_grad():
+                rows.add([key for key, _ in good], network.forward(torch.stack([x for _, x in good])).float().cpu())
+    return failed
+
+
+# --- real pictures ----------------------------------------------------------------------------------------------------
+
+
+def real_pictures(place: str | Path | None, count: int = 1000) -> dict[str, Callable[[], Image.Image]]:
+    """Real pictures by the hash of their contents: of a folder or a .zip, or renders of storybook's test scenes.
+
+    Args:
+        place: None is the storybook.
+        count: of storybook's renders.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if place is None:
+        return {example.key: example.open for example in storybook_examples(count, "test")}
+    place = Path(resolve(place))
+    if place.suffix == ".zip" and place.is_file():
+        archive = zipfile.ZipFile(place)
+        names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in PICTURES)
+        return {f"{archive.getinfo(name).CRC:08x}-{name}": partial(_in_zip, place, name) for name in names}
+    if not place.is_dir():
+        raise ValueError(f"{place} is missing: expected statistics (.npz), a folder or a .zip of real pictures. COCO's "
+                         "come by python -m bksdm_utils.downloads coco_statistics (or coco_pictures)")  # fmt: skip
+    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise ValueError(f"{place} holds no pictures: expected {', '.join(sorted(PICTURES))}")
+    hashes = in_threads(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
+    return {key: partial(Image.open, path) for key, path in zip(hashes, paths, strict=True)}
+
+
+def _in_zip(place: Path, name: str) -> Image.Image:
+    with zipfile.ZipFile(place) as archive:
+        return Image.open(io.BytesIO(archive.read(name)))
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a folder of pictures, and all that says of what they are.
+
+    Attributes:
+        scores: name -> `Score`.
+        clip_scores: id of each picture -> its own cosine, lowest first.
+        skipped: (id, reason) of pictures that are missing or damaged.
+        key: a hash of pictures, captions, networks and real pictures.
+    """
+
+    protocol: str
+    key: str
+    num_images: int
+    scores: dict[str, Score]
+    clip_scores: dict[str, float]
+    skipped: Skipped
+
+    @property
+    def warning(self) -> str:
+        """What must be said beside the FID; empty where there are enough pictures."""
+        if self.num_images >= FEW:
+            return ""
+        return (f"FID of {self.num_images:,} pictures is biased upwards: comparable only with values of as many "
+                f"pictures, never with published ones of 30,000")  # fmt: skip
+
+
+class Evaluator:
+    """Scores folders of pictures by one protocol.
+
+    Args:
+        protocol: a name of `PROTOCOLS`.
+        real: statistics (.npz with mu and sigma), or a folder or .zip of pictures; None is the storybook's renders.
+        clip: another CLIP than the protocol's.
+        cache_dir: where the rows of real pictures are kept.
+
+    Raises:
+        ValueError: an unknown protocol, networks whose weights are not here, or unusable real pictures.
+    """
+
+    def __init__(
+        self,
+        protocol: str,
+        real: str | Path | None = None,
+        device: str = "cpu",
+        cache_dir: str | Path | None = None,
+        clip: str | None = None,
+    ):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+        self.protocol = PROTOCOLS[protocol]
+        self.judge = ClipJudge(clip or self.protocol.clip, device)
+        self.features = self.protocol.features(device) if self.protocol.features else self.judge.pictures
+        self.classes = self.protocol.classes(device) if self.protocol.classes else None
+        self.place, self.cache_dir = real, Path(cache_dir or ROOT / "outputs" / "cache" / "real")
+        _ = self.real  # a mistake in it is found before any picture is drawn
+
+    @cached_property
+    def real(self) -> Statistics:
+        """What the drawn pictures are compared with."""
+        if self.place is not None and Path(resolve(self.place)).suffix == ".npz":
+            return Statistics.load(Path(resolve(self.place)), self.features.dim)
+        return Statistics.of(self.real_rows)
+
+    @cached_property
+    def real_rows(self) -> np.ndarray | None:
+        """Features of the real pictures, (N, D); None where only their statistics are known."""
+        if self.place is not None and Path(resolve(self.place)).suffix == ".npz":
+            return None
+        items = real_pictures(self.place)
+        with alone(self.cache_dir):
+            rows = self._rows(self.cache_dir, self.features)
+            failed = compute(rows, self._seen(self.features), items)
+        if failed:
+            print(f"{len(failed)} real pictures set aside, such as {failed[0]}")
+        return rows.all()[rows.where([key for key in items if key in rows.place])]
+
+    def evaluate(self, folder: Path, prompts: Sequence[Prompt]) -> Evaluation:
+        """Scores the pictures of `prompts` in a folder that `pictures.sample` filled; what is known is not computed
+        again.
+
+        Raises:
+            ValueError: fewer than twenty whole pictures, or another run is at work in the folder.
+        """
+        with alone(folder):
+            hashes, skipped = self._whole(folder, prompts)
+            key = self._key(hashes, prompts)
+            path = folder / f"scores-{self.protocol.name}.json"
+            if (known := _read(path, key)) is not None:
+                return known
+            chosen = [prompt for prompt in prompts if prompt.id in hashes]
+            scores, clip_scores = self._scores(folder, chosen, hashes)
+            found = Evaluation(self.protocol.name, key, len(chosen), scores, clip_scores, skipped)
+            write_json(path, {**asdict(found), "scores": {name: s._asdict() for name, s in scores.items()}})
+            return found
+
+    def fid_by_number(self, folder: Path, prompts: Sequence[Prompt], counts: Sequence[int]) -> dict[int, Score]:
+        """Mean and spread of the FID of random subsets of each size."""
+        with alone(folder):
+            hashes, _ = self._whole(folder, prompts)
+            rows = self._computed(folder, self.features, hashes)
+        chance, all_, places = np.random.default_rng(0), rows.all(), rows.where(list(hashes.values()))
+        found = {}
+        for count in counts:
+            subsets = [chance.permutation(places)[:count] for _ in range(10 if count < len(places) else 1)]
+            values = [fid(Statistics.of(all_, subset), self.real) for subset in subsets]
+            found[count] = Score(float(np.mean(values)), float(np.std(values)))
+        return found
+
+    # --- how ---
+
+    def _whole(self, folder: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str], Skipped]:
+        """id -> hash of each picture that is what the manifest says and can be opened; and the others."""
+        have = whole_pictures(folder)
+        hashes = {prompt.id: have[prompt.id].sha256 for prompt in prompts if prompt.id in have}
+        skipped = [(p.id, "missing or damaged: draw the folder again") for p in prompts if p.id not in have]
+        if len(hashes) < 20:
+            raise ValueError(f"{folder} has {len(hashes)} whole pictures of {len(prompts)}: scores need 20 at least")
+        return hashes, skipped
+
+    def _key(self, hashes: Mapping[str, str], prompts: Sequence[Prompt]) -> str:
+        texts = {prompt.id: prompt.text for prompt in prompts}
+        about = [self.protocol.name, self.judge.key, self.features.key, getattr(self.classes, "key", "")]
+        about += [f"{id}\x00{texts[id]}\x00{sha256}" for id, sha256 in sorted(hashes.items())]
+        digest = hashlib.sha256("\x01".join(about).encode())
+        for numbers in (self.real.mean, self.real.covariance):
+            digest.update(numbers.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _seen(self, network: Network) -> Network:
+        """The network, looking at pictures as the protocol has it."""
+        prepare = lambda picture: network.prepare(self.protocol.view(picture))  # noqa: E731
+        return Network(network.name, network.key, network.dim, prepare, network.forward)
+
+    def _rows(self, folder: Path, network: Network) -> Rows:
+        return Rows(folder / f"rows-{network.name}-{self.protocol.name}-{network.key}", network.dim)
+
+    def _computed(self, folder: Path, network: Network, hashes: Mapping[str, str]) -> Rows:
+        rows = self._rows(folder, network)
+        items = {sha256: partial(Image.open, picture_path(folder, id)) for id, sha256 in hashes.items()}
+        failed = compute(rows, self._seen(network), items)
+        if failed:
+            raise ValueError(f"{folder}: pictures cannot be opened though they are as drawn: {failed[:3]}")
+        return rows
+
+    def _scores(
+        self, folder: Path, prompts: Sequence[Prompt], hashes: Mapping[str, str]
+    ) -> tuple[dict[str, Score], dict[str, float]]:
+        sha256 = [hashes[prompt.id] for prompt in prompts]
+        features = self._computed(folder, self.features, hashes)
+        drawn, places = features.all(), features.where(sha256)
+        distance = lambda chosen: fid(Statistics.of(drawn, places[chosen]), self.real)  # noqa: E731
+        everything = np.arange(len(places))
+        scores = {"fid": Score(distance(everything), half_sample_error(distance, len(places)))}
+        if self.real_rows is not None:
+            scores["kid"] = kid(drawn[places], self.real_rows)
+        seen = features if self.features is self.judge.pictures else self._computed(folder, self.judge.pictures, hashes)
+        looked_at, at = seen.all(), seen.where(sha256)
+        scores["inception_score"] = inception_score(self._logits(folder, sha256, hashes, looked_at, at))
+        cosine = self._cosines(folder, prompts, looked_at, at)
+        scores["clip_score"] = mean_score(cosine)
+        if self.protocol.name == "storybook":
+            scores |= self._storybook(folder, prompts, looked_at, at)
+        order = np.argsort(cosine)
+        return scores, {prompts[i].id: round(float(cosine[i]), 5) for i in order}
+
+    def _logits(self, folder, sha256: Sequence[str], hashes, looked_at: np.ndarray, at: np.ndarray) -> np.ndarray:
+        if self.classes is None:
+            return self.judge.storybook_logits(torch.from_numpy(looked_at[at])).cpu().numpy()
+        classes = self._computed(folder, self.classes, hashes)
+        return classes.all()[classes.where(sha256)]
+
+    def _cosines(self, folder: Path, prompts: Sequence[Prompt], looked_at: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Each picture's cosine with its caption, block by block."""
+        network = self.judge.captions
+        rows = Rows(folder / f"rows-{network.name}-{network.key}", network.dim)
+        keys = [hashlib.sha256(prompt.text.encode()).hexdigest() for prompt in prompts]
+        compute(rows, network, {key: (lambda p=p: p.text) for key, p in zip(keys, prompts, strict=True)})
+        texts, where, found = rows.all(), rows.where(keys), []
+        for start in range(0, len(at), 2048):
+            block = slice(start, start + 2048)
+            images = self.judge.embed(torch.from_numpy(looked_at[at[block]]))
+            found.append(cosines(images.cpu(), torch.from_numpy(texts[where[block]])))
+        return torch.cat(found).numpy()
+
+    def _storybook(self, folder: Path, prompts, looked_at: np.ndarray, at: np.ndarray) -> dict[str, Score]:
+        """Accuracies: attributes of single objects by the CLIP, relations of two by the nearest render."""
+        scenes = [storybook_scene(prompt) for prompt in prompts]
+        single = np.array([len(scene.things) == 1 for scene in scenes])
+        scores = {}
+        if single.any():
+            images = self.judge.embed(torch.from_numpy(looked_at[at[single]]))
+            right = named_rightly(self.judge, images, [s for s, one in zip(scenes, single, strict=True) if one])
+            scores = {attribute: mean_score(found) for attribute, found in right.items()}
+        pairs = [(p, s) for p, s in zip(prompts, scenes, strict=True) if s.relation]
+        if pairs:
+            found = in_threads(
+                lambda pair: _relation_shown(Image.open(picture_path(folder, pair[0].id)), pair[1]), pairs
+            )
+            scores["relation"] = mean_score(list(found))
+        return scores
+
+
+def distance_to(teacher: Path, folder: Path, prompts: Sequence[Prompt]) -> Score:
+    """How far a model's pictures lie from the teacher's of the same prompts and noise: root mean square over pixels,
+    in grey levels of 255, averaged over the pictures that both folders have whole.
+
+    Raises:
+        ValueError: they have none in common.
+    """
+    have, theirs = whole_pictures(folder), whole_pictures(teacher)
+    both = [prompt.id for prompt in prompts if prompt.id in have and prompt.id in theirs]
+    if not both:
+        raise ValueError(f"{folder} and {teacher} have no picture in common: draw the same prompts in both")
+
+    def distance(id: str) -> float:
+        one, other = (np.asarray(Image.open(picture_path(f, id)).convert("RGB"), np.float32) for f in (folder, teacher))
+        return float(np.sqrt(np.square(one - other).mean()))
+
+    return mean_score(list(in_threads(distance, both)))
+
+
+def _relation_shown(picture: Image.Image, scene: storybook.Scene) -> bool:
+    options = scene.alternatives("relation")
+    return storybook.nearest(picture, options) == options.index(scene)
+
+
+def _read(path: Path, key: str) -> Evaluation | None:
+    """The scores of a file, if they are of just these pictures, networks and real pictures."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["key"] != key:
+            return None
+        none = {"value": float("nan"), "error": float("nan")}
+        scores = {
+            n: Score(**{k: none[k] if v is None else v for k, v in s.items()}) for n, s in about["scores"].items()
+        }
+        return Evaluation(**{**about, "scores": scores, "skipped": [tuple(s) for s in about["skipped"]]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,210 @@
+import io
+import json
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bksdm_utils import evaluation, storybook
+from bksdm_utils.evaluation import Evaluator, Rows, as_paper, compute, distance_to, real_pictures
+from bksdm_utils.pictures import Prompt, picture_path, sample, storybook_prompts
+from bksdm_utils.presets import ROOT
+from bksdm_utils.run import write_json
+from bksdm_utils.sampling import Sampling, load_pipeline
+from bksdm_utils.scores import ClipJudge, Network, Score, Statistics, clip_score, fid
+
+
+def fill(folder, drawn, image_format="png", model="m"):
+    """A folder of pictures as `pictures.sample` leaves it: id -> (text, picture)."""
+    from bksdm_utils.pictures import _write_picture
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sampling.json", {"model": model, "image_format": image_format})
+    with (folder / "manifest-0.jsonl").open("a", encoding="utf-8") as manifest:
+        for id, (text, picture) in drawn.items():
+            sha256 = _write_picture(picture_path(folder, id), picture)
+            manifest.write(json.dumps({"id": id, "text": text, "seed": 0, "sha256": sha256}) + "\n")
+    return [Prompt(id, text) for id, (text, _) in drawn.items()]
+
+
+def renders(count, seed=1000):
+    scenes = {f"test-{i}": storybook.sample_scene(i, "test") for i in range(count)}
+    return {id: (scene.caption, storybook.render(scene, seed + i)) for i, (id, scene) in enumerate(scenes.items())}
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory):
+    return Evaluator("storybook", cache_dir=tmp_path_factory.mktemp("real"))
+
+
+def test_real_renders_score_as_real(evaluator, tmp_path):
+    drawn = renders(100)
+    prompts = fill(tmp_path, drawn)
+    found = evaluator.evaluate(tmp_path, prompts)
+    assert found.num_images == 100 and found.skipped == [] and "biased" in found.warning
+    assert min(found.scores[name].value for name in ("size", "colour", "object", "place", "relation")) > 0.95
+    assert found.scores["fid"].value < 5 and abs(found.scores["kid"].value) < 4 * found.scores["kid"].error
+    pictures, captions = zip(*((picture, text) for text, picture in drawn.values()), strict=True)
+    assert found.scores["clip_score"].value == pytest.approx(clip_score(evaluator.judge, pictures, captions), abs=1e-5)
+    assert list(found.clip_scores.values()) == sorted(found.clip_scores.values())
+    assert all(score.error > 0 for name, score in found.scores.items() if name in ("fid", "kid", "clip_score"))
+
+
+def test_scores_are_of_these_pictures_or_computed_anew(evaluator, tmp_path, monkeypatch):
+    drawn = renders(41)
+    prompts = fill(tmp_path, drawn)
+    first = evaluator.evaluate(tmp_path, prompts[:40])
+    counted = []
+    monkeypatch.setattr(evaluation, "compute", lambda *a, **k: counted.append(a) or compute(*a, **k))
+    assert evaluator.evaluate(tmp_path, prompts[:40]) == first and not counted  # read from the file
+    looked_at = []
+    network = evaluator.features
+    counting = Network(*(getattr(network, n) for n in ("name", "key", "dim", "prepare")),
+                       lambda pixels: looked_at.append(len(pixels)) or network.forward(pixels))  # fmt: skip
+    monkeypatch.setattr(evaluator, "features", counting)
+    monkeypatch.setitem(evaluator.judge.__dict__, "pictures", counting)
+    more = evaluator.evaluate(tmp_path, prompts)
+    assert more.num_images == 41 and sum(looked_at) == 1  # one more picture, one more row
+    cat = storybook.render(storybook.sample_scene(3, "test"), 7)
+    fill(tmp_path, {"test-3": (prompts[3].text, cat)})
+    changed = evaluator.evaluate(tmp_path, prompts)
+    assert changed.key != more.key and changed.scores != more.scores and sum(looked_at) == 2
+
+
+def test_missing_and_damaged_pictures_are_set_aside_and_counted(evaluator, tmp_path):
+    prompts = fill(tmp_path, renders(30), image_format="jpeg")
+    picture_path(tmp_path, "test-4").unlink()
+    cut = picture_path(tmp_path, "test-9")
+    cut.write_bytes(cut.read_bytes()[:-200])
+    found = evaluator.evaluate(tmp_path, prompts)
+    assert found.num_images == 28 and [id for id, _ in found.skipped] == ["test-4", "test-9"]
+    assert "draw the folder again" in found.skipped[0][1]
+    with pytest.raises(ValueError, match="scores need 20"):
+        evaluator.evaluate(tmp_path, prompts[:15])
+
+
+def test_a_folder_filled_by_the_sampler_is_scored(evaluator, pipeline_dir, tmp_path):
+    prompts = storybook_prompts(24)
+    for name in ("one", "other"):
+        list(
+            sample(
+                load_pipeline(pipeline_dir), prompts, tmp_path / name, Sampling(num_inference_steps=4, seed=len(name))
+            )
+        )
+    found = evaluator.evaluate(tmp_path / "one", prompts)
+    assert found.scores["clip_score"].value < 0.4 and found.scores["fid"].value > 20
+    assert distance_to(tmp_path / "one", tmp_path / "one", prompts) == Score(0, 0)
+    assert distance_to(tmp_path / "one", tmp_path / "other", prompts).value > 1
+    with pytest.raises(ValueError, match="no picture in common"):
+        distance_to(tmp_path / "one", tmp_path / "other", storybook_prompts(25)[24:])
+
+
+def test_fid_falls_with_the_number_of_pictures(evaluator, tmp_path):
+    prompts = fill(tmp_path, renders(120))
+    found = evaluator.fid_by_number(tmp_path, prompts, (30, 60, 120))
+    assert found[30].value > found[60].value > found[120].value > 0
+    whole = evaluator.evaluate(tmp_path, prompts).scores["fid"].value
+    assert found[120].value == pytest.approx(whole, rel=1e-6) and found[120].error == 0 < found[30].error
+
+
+def test_the_papers_view_is_jpeg_bicubic_jpeg():
+    picture = storybook.render(storybook.sample_scene(1), 1, 512)
+
+    def through_files(picture):  # as separate tools did it, by files
+        file = io.BytesIO()
+        picture.save(file, format="JPEG")  # Pillow's own quality is 75
+        return Image.open(io.BytesIO(file.getvalue()))
+
+    expected = through_files(through_files(picture).resize((256, 256)))
+    assert np.array_equal(np.asarray(as_paper(picture)), np.asarray(expected))
+    assert np.array_equal(np.asarray(as_paper(through_files(picture))), np.asarray(expected))
+    assert as_paper(Image.new("L", (640, 480))).size == (256, 256)
+
+
+def test_real_pictures_come_from_folders_and_zips(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    for i in range(3):
+        storybook.render(storybook.sample_scene(i), i).save(tmp_path / "val2014" / f"{i}.jpg")
+    (tmp_path / "val2014" / "notes.txt").write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "val2014.zip", "w") as archive:
+        for path in (tmp_path / "val2014").iterdir():
+            archive.write(path, f"val2014/{path.name}")
+    for place in (tmp_path / "val2014", tmp_path / "val2014.zip"):
+        found = real_pictures(place)
+        assert len(found) == 3 and {np.asarray(open_()).shape for open_ in found.values()} == {(64, 64, 3)}
+    with pytest.raises(ValueError, match="coco_statistics"):
+        real_pictures(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        real_pictures(tmp_path / "empty")
+
+
+def test_statistics_of_another_network_are_refused(tmp_path):
+    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "wrong.npz")
+    with pytest.raises(ValueError, match="of another network"):
+        Evaluator("storybook", real=tmp_path / "wrong.npz", cache_dir=tmp_path)
+    (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(ValueError, match="expected an .npz"):
+        Evaluator("storybook", real=tmp_path / "broken.npz", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="unknown protocol 'papre'"):
+        Evaluator("papre")
+
+
+def test_networks_that_are_not_here_are_named_with_the_command(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="hf download laion/CLIP-ViT-g-14"):
+        Evaluator("paper")
+    clip = str(ROOT / "data" / "storybook" / "clip")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for protocol, name in (("paper", "inception_pytorch_fid"), ("clean", "inception_clean_fid")):
+        with pytest.raises(ValueError, match=f"downloads {name}"):
+            Evaluator(protocol, clip=clip)
+
+
+def test_a_kill_between_rows_and_index_costs_a_block(tmp_path):
+    rows = Rows(tmp_path, 3)
+    rows.add(["a", "b"], np.arange(6).reshape(2, 3))
+    with rows.numbers.open("ab") as file:
+        file.write(b"\x00" * 7)
+    with rows.index.open("a") as file:
+        file.write("c\nto")
+    again = Rows(tmp_path, 3)
+    assert list(again.place) == ["a", "b"] and again.all().tolist() == [[0, 1, 2], [3, 4, 5]]
+    again.add(["c"], np.ones((1, 3)))
+    assert Rows(tmp_path, 3).all()[Rows(tmp_path, 3).where(["c", "a"])].tolist() == [[1, 1, 1], [0, 1, 2]]
+
+
+def test_thirty_thousand_pictures_stay_flat_in_memory(tmp_path):
+    """Tiny pictures, a network of a few operations: rows, statistics and resumption at COCO's size."""
+    count, dim = 30_000, 64
+    chance = np.random.default_rng(0)
+    tiny = chance.integers(0, 255, (count, 4, 4, 3), np.uint8)
+    weights = torch.randn(48, dim, generator=torch.Generator().manual_seed(0))
+    network = Network("tiny", "0", dim, lambda x: torch.from_numpy(np.asarray(x)).float().flatten(),
+                      lambda x: torch.tanh(x @ weights / 500))  # fmt: skip
+    items = {f"{i:064x}": (lambda i=i: Image.fromarray(tiny[i])) for i in range(count)}
+    half = dict(list(items.items())[: count // 2])
+    tracemalloc.start()
+    compute(Rows(tmp_path, dim), network, half)
+    first = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    rows = Rows(tmp_path, dim)
+    assert compute(rows, network, items) == [] and len(rows.place) == count
+    statistics = Statistics.of(rows.all())
+    assert tracemalloc.get_traced_memory()[1] < first + 12e6  # the index grows by its 64 digits a picture
+    tracemalloc.stop()
+    assert np.allclose(statistics.mean, rows.all().mean(0, np.float64))
+    assert np.allclose(statistics.covariance, np.cov(rows.all(), rowvar=False))
+    assert fid(statistics, Statistics.of(rows.all(), np.arange(count // 2))) < 0.01
+
+
+def test_broken_real_pictures_are_set_aside(tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    for i in range(30):
+        storybook.render(storybook.sample_scene(i), i).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "real" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    found = Evaluator("storybook", real=tmp_path / "real", cache_dir=tmp_path / "cache")
+    assert len(found.real_rows) == 30 and "1 real pictures set aside" in capsys.readouterr().out
+    assert isinstance(found.judge, ClipJudge)
