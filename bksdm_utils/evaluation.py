@@ -361,7 +361,7 @@ class Evaluator:
         scores["inception_score"] = inception_score(self._logits(folder, sha256, hashes, looked_at, at))
         cosine = self._cosines(folder, prompts, looked_at, at)
         scores["clip_score"] = mean_score(cosine)
-        if self.protocol.name == "storybook":
+        if self.protocol.name == "storybook" and all(storybook_scene(prompt) for prompt in prompts):
             scores |= self._storybook(folder, prompts, looked_at, at)
         order = np.argsort(cosine)
         return scores, {prompts[i].id: round(float(cosine[i]), 5) for i in order}

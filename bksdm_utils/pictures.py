@@ -27,7 +27,7 @@ from PIL import Image
 from . import processes, storybook
 from .data import in_threads
 from .engine import alone
-from .presets import resolve
+from .presets import ROOT, resolve
 from .run import literal, write_json
 from .sampling import (
     SUFFIXES,
@@ -59,10 +59,13 @@ def storybook_prompts(num_images: int, split: str = "test") -> list[Prompt]:
     return [Prompt(f"{split}-{i}", storybook.sample_scene(i, split).caption) for i in range(num_images)]
 
 
-def storybook_scene(prompt: Prompt) -> storybook.Scene:
-    """The scene of one of `storybook_prompts`."""
-    split, number = prompt.id.rsplit("-", 1)
-    return storybook.sample_scene(int(number), split)
+def storybook_scene(prompt: Prompt) -> storybook.Scene | None:
+    """The scene of one of `storybook_prompts`; None for any other prompt."""
+    split, _, number = prompt.id.rpartition("-")
+    if split not in storybook.SPLITS or not number.isdecimal():
+        return None
+    scene = storybook.sample_scene(int(number), split)
+    return scene if scene.caption == prompt.text else None
 
 
 def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt]:
@@ -315,6 +318,32 @@ def write_job(folder: Path, job: Job, sampling: Sampling) -> None:
     """Writes config.json, which `processes.launch(folder, n, "bksdm_utils.pictures")` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {"job": asdict(job), "sampling": asdict(sampling)})
+
+
+def sample_in_processes(
+    job: Job, prompts: Sequence[Prompt], folder: Path, sampling: Sampling, num_processes: int
+) -> Iterator[Progress]:
+    """What `sample` does, in so many processes of their own, which outlive this one; yields once a second.
+
+    Raises:
+        RuntimeError: they ended early; their last words are in the message.
+    """
+    write_job(folder, job, sampling)
+    processes.launch(folder, num_processes, "bksdm_utils.pictures")
+    for _ in processes.follow(folder):
+        yield Progress(min(len(read_manifest(folder)), len(prompts)), len(prompts))
+
+
+def folder_of(cache_dir: str | Path | None, name: str, model: str, sampling: Sampling) -> Path:
+    """Where a model's pictures are kept, so that runs with the same model and settings share them.
+
+    Args:
+        cache_dir: None is outputs/cache/pictures.
+        model: `model_hash` of the pipeline.
+    """
+    about = json.dumps({"model": model, **_fixed(sampling)}, sort_keys=True)
+    key = hashlib.sha256(about.encode()).hexdigest()[:12]
+    return Path(cache_dir or ROOT / "outputs" / "cache" / "pictures") / f"{name}-{key}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

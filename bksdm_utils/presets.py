@@ -104,7 +104,7 @@ STORYBOOK = Preset(
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
     num_train_scenes=3_000, validation_steps=100, num_validation_images=128, protocol="storybook",
-    prompts=None, real=None, num_evaluation_images=100, measured=True,
+    prompts=None, real=None, num_evaluation_images=128, measured=True,
 )  # fmt: skip
 
 LAION_AES = "data/laion_aes/preprocessed_212k"

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -106,6 +106,16 @@ class Run:
         }  # fmt: skip
         write_json(self.dir / "result.json", result)
         print(f"{self.notebook} done in {seconds:.0f} s: {key_figure}\nresult: {_relative(self.dir / 'result.json')}")
+
+    def or_skip(self, make: Callable, *arguments, **named) -> object | None:
+        """`make(…)`, or None and a line that says why: a preset that was never run here may lack weights or data."""
+        try:
+            return make(*arguments, **named)
+        except ValueError as error:
+            if self.preset.measured:
+                raise
+            print(f"What needs this is skipped: {error}")
+            return None
 
     def save(self, figure, name: str) -> None:
         """Saves a matplotlib figure as name.png in the run's folder."""

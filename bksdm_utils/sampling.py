@@ -62,16 +62,16 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     return pipeline.to(device, dtype)
 
 
-def find_pipeline(teacher: str | Path, device: str = "cpu") -> Pipeline | None:
+def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline | None:
     """`load_pipeline`, or None and a line that says so where the weights of a hub id are not to be had.
 
     Raises:
         ValueError: `teacher` is a folder, and no whole Stable Diffusion.
     """
     if Path(resolve(teacher)).is_dir():
-        return load_pipeline(teacher, device)
+        return load_pipeline(teacher, device, dtype)
     try:
-        return load_pipeline(teacher, device)
+        return load_pipeline(teacher, device, dtype)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         print(f"No weights here: {reason}\nWhat needs weights is skipped. With a network: hf download {teacher}")

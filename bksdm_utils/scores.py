@@ -6,6 +6,7 @@ is an error that names the file, where it was looked for, and the command that f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,6 +231,12 @@ class Score(NamedTuple):
 
     value: float
     error: float
+
+    def __str__(self) -> str:
+        if not 0 < self.error < float("inf"):
+            return f"{self.value:.3g}"
+        digits = max(0, -math.floor(math.log10(self.error)) + (f"{self.error:e}"[0] == "1"))  # 0.012 but 0.03
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
 
 
 class Statistics:

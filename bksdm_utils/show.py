@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from .costs import count
+from .pictures import Progress
 from .surgery import (
     RemovalPlan,
     attention_depths,
@@ -32,6 +34,7 @@ from .surgery import (
 RESNET, ATTENTION, SAMPLER = "resnet", "transformer block", "down- or upsampler"
 COLOURS = {RESNET: "#4c78a8", ATTENTION: "#f2a541", SAMPLER: "#9aa5b1"}
 GHOST = "#b0b7c0"
+ROW_COLOURS = ("black", "#4c78a8", "#c44e52", "#f2a541", "#72a98f", "#9aa5b1")
 BAR_COLOURS = ("#9aa5b1", "#c44e52")
 MARKS = (
     {"marker": "*", "color": "black", "markersize": 10}, {"marker": "o", "color": "#b0b7c0", "markersize": 4},
@@ -146,6 +149,29 @@ class Live:
             self.handle.update(figure)
         plt.close(figure)
         return figure
+
+
+class Gallery:
+    """The newest pictures of a folder that is being filled: drawn again, and said in a line, every `every` seconds."""
+
+    def __init__(self, every: float = 10.0):
+        self.every, self.said, self.handle = every, time.monotonic(), None
+
+    def update(self, name: str, progress: Progress) -> None:
+        """Call it after every pass; most calls return at once."""
+        if time.monotonic() - self.said < self.every:
+            return
+        self.said = time.monotonic()
+        print(f"{name}: {progress.done:,} of {progress.total:,} pictures", flush=True)
+        if progress.newest:
+            from IPython.display import display
+
+            prompts, drawn = zip(*progress.newest[:8], strict=True)
+            figure = image_grid({name: drawn}, [prompt.text for prompt in prompts])
+            self.handle = self.handle or display(display_id=True)
+            if self.handle is not None:  # None outside a notebook
+                self.handle.update(figure)
+            plt.close(figure)
 
 
 PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}
@@ -348,6 +374,32 @@ def bars(table: Mapping[str, Mapping[str, float]], percent: Sequence[str] = (), 
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def error_bars(table: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """A dot with its error bar for each row of the table, in one panel for each column, rows from the top.
+
+    Args:
+        table: row name -> column name -> (value, error); a row may lack columns.
+    """
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    lines = -(-len(columns) // 5)
+    wide = -(-len(columns) // lines)
+    size = (1.9 * wide + 1.4, lines * (0.28 * len(table) + 0.7))
+    figure, axes = plt.subplots(lines, wide, figsize=size, sharey=True, squeeze=False)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        for place, (row, colour) in enumerate(zip(table, itertools.cycle(ROW_COLOURS), strict=False)):
+            if column in table[row]:
+                value, error = table[row][column]
+                axis.errorbar(value, place, xerr=error, fmt="o", markersize=4, capsize=3, color=colour)
+        axis.set_xlabel(column, fontsize=8)
+        axis.tick_params(labelsize=7, left=False)
+        axis.set(yticks=range(len(table)), yticklabels=table, ylim=(len(table) - 0.5, -0.5))
+        axis.grid(axis="x", alpha=0.25)
+    for axis in axes.flat[len(columns) :]:
+        axis.axis("off")
     figure.tight_layout()
     return figure
 

@@ -1,4 +1,4 @@
-"""Notebooks 01 to 03 on a person's own teacher, plan and pictures, as papermill runs them."""
+"""Notebooks 01 to 04 on a person's own teacher, plan and pictures, as papermill runs them."""
 
 import json
 
@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from bksdm_utils.run import find_notebook
-from bksdm_utils.surgery import RemovalPlan, Stage, find_plan
+from bksdm_utils.surgery import RemovalPlan, Stage, build_student, find_plan
 
 
 @pytest.fixture
@@ -88,3 +88,28 @@ def test_without_weights_architecture_and_map_still_run(number, tmp_path):
     assert result["variant"] == "koala_700m"
     text = (tmp_path / "offline" / f"{number}.ipynb").read_text()
     assert "What needs weights is skipped" in text
+
+
+def test_an_own_student_is_evaluated_on_own_captions_and_pictures(tmp_path, pipeline_dir, pictures):
+    teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
+    build_student(teacher, "bk_tiny").save_pretrained(tmp_path / "student")
+    rows = [f"{i},a picture of number {i}" for i in range(22)]
+    (tmp_path / "captions.csv").write_text("\n".join(["id,text", *rows]))
+    result = run_notebook(
+        "04", tmp_path / "scored", preset="sd-v1.4", teacher=str(pipeline_dir), variant="bk_tiny", guidances="2",
+        students=str(tmp_path / "student"), prompts=str(tmp_path / "captions.csv"), real=str(pictures),
+        protocol="storybook", num_inference_steps=4, scheduler="euler", untrained=True, num_guidance_images=20,
+        pictures_dir=str(tmp_path / "pictures"), image_format="jpeg",
+    )  # fmt: skip
+    metrics = result["metrics"]
+    assert set(metrics["scores"]) == {"teacher", "bk_tiny", "copied", "random"} and metrics["num_images"] == 22
+    assert set(metrics["scores"]["bk_tiny"]) == {"fid", "kid", "inception_score", "clip_score", "distance to teacher"}
+    assert len(list((tmp_path / "pictures").glob("*/images/*.jpg"))) == 4 * 22 + 20
+    assert metrics["scores"]["bk_tiny"]["fid"] == metrics["scores"]["copied"]["fid"]  # one and the same network
+    assert (tmp_path / "scored" / "failures.png").exists()
+
+
+def test_without_weights_or_captions_the_evaluation_says_what_is_missing(tmp_path):
+    result = run_notebook("04", tmp_path / "offline", preset="sd-v2.1")
+    assert result["metrics"]["scores"] == {} and result["metrics"]["num_images"] == 0
+    assert "downloads coco_captions" in (tmp_path / "offline" / "04.ipynb").read_text()

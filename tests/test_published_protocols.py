@@ -15,7 +15,7 @@ from bksdm_utils import scores, storybook
 from bksdm_utils.downloads import DOWNLOADS
 from bksdm_utils.evaluation import Evaluator
 from bksdm_utils.presets import ROOT
-from bksdm_utils.scores import Statistics, fid, find_weights, half_sample_error, inception_score, kid
+from bksdm_utils.scores import Score, Statistics, fid, find_weights, half_sample_error, inception_score, kid
 
 COUNT = 24
 
@@ -183,6 +183,15 @@ def test_kid_tells_same_from_other_and_half_samples_tell_the_error():
     values = chance.normal(size=400)
     error = half_sample_error(lambda chosen: values[chosen].mean(), 400, repeats=400)
     assert error == pytest.approx(values.std() / 20, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [(3.702, 0.974, "3.7 ± 1.0"), (0.8793, 0.0091, "0.879 ± 0.009"), (0.8793, 0.012, "0.879 ± 0.012"),
+     (-0.00145, 0.043, "-0.00 ± 0.04"), (84.4, 12, "84 ± 12"), (1.0, 0.0, "1"), (2.0, float("nan"), "2")],
+)  # fmt: skip
+def test_a_score_is_said_as_exactly_as_it_is_known(value, error, said):
+    assert str(Score(value, error)) == said
 
 
 def test_the_inception_score_of_sure_and_varied_classes_is_their_number():
