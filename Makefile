@@ -30,8 +30,9 @@ results: .venv/ready ## the README's table: all three students with three seeds 
 	$(BIN)/python -m bksdm_utils.run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
 	$(BIN)/python -m bksdm_utils.run 07
 
-bench: .venv/ready ## distillation's speed beside a plain loop, as a ratio, in about ten minutes
+bench: .venv/ready ## speed of distillation, sampling and scoring beside plain loops, as ratios, in about a quarter of an hour
 	$(BIN)/python benchmarks/kd.py
+	$(BIN)/python benchmarks/evaluation.py
 
 lab: .venv/ready ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

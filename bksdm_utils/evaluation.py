@@ -135,7 +135,7 @@ class Rows:
         return np.array([self.place[key] for key in keys], np.int64)
 
 
-def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], object]], batch_size: int = 64) -> Skipped:
+def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], object]]) -> Skipped:
     """Has the network describe what is not described yet; the next items are prepared while it works.
 
     Args:
@@ -145,6 +145,7 @@ def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], objec
         (hash, reason) of what could not be opened.
     """
     failed: Skipped = []
+    batch_size = 128 if torch.cuda.is_available() else 32  # a CPU's caches hold few pictures of 299 pixels
 
     def prepared(key: str) -> tuple[str, torch.Tensor | str]:
         try:

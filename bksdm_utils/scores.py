@@ -31,6 +31,8 @@ from .presets import ROOT, Preset, resolve
 from .sampling import Pipeline, generate, tensors_hash
 from .storybook import Scene
 
+FAST = torch.channels_last  # twice as fast for Inception on a CPU
+
 # --- the networks -----------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +154,7 @@ def inception_pytorch(device: str = "cpu") -> Network:
 
     weights = find_weights("inception_pytorch_fid")
     with _hub_dir(weights.parent.parent):  # where the network's own code looks for them
-        model = InceptionV3(output_blocks=[3], resize_input=False).to(device).eval()
+        model = InceptionV3(output_blocks=[3], resize_input=False).to(device, memory_format=FAST).eval()
     resize = build_resizer("legacy_pytorch")
     return Network("inception_pytorch", tensors_hash(model.state_dict(), "legacy_pytorch"), 2048,
                    lambda picture: _resized(picture, resize),
@@ -169,7 +171,7 @@ def inception_clean(device: str = "cpu") -> Network:
     from cleanfid.resize import build_resizer
 
     weights = find_weights("inception_clean_fid")
-    model = InceptionV3W(str(weights.parent), download=False).to(device).eval()
+    model = InceptionV3W(str(weights.parent), download=False).to(device, memory_format=FAST).eval()
     resize = build_resizer("clean")
     return Network("inception_clean", tensors_hash(model.state_dict(), "clean"), 2048,
                    lambda picture: _resized(picture, resize), lambda pixels: model(pixels.to(device)))  # fmt: skip
@@ -184,7 +186,8 @@ def inception_classes(device: str = "cpu") -> Network:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     weights = find_weights("inception_torch_fidelity")
-    model = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"], str(weights)).to(device)
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"], str(weights))
+    model.to(device, memory_format=FAST)
 
     def prepare(picture: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
