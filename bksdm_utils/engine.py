@@ -467,8 +467,8 @@ class Trainer:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint: raw weights, averaged weights, the optimizer's state."""
-        held = self.training_bytes()
-        return 2 * held["weights"] + held["optimizer"]
+        weights = sum(t.numel() * t.element_size() for t in _trained(self.model).values())
+        return 2 * weights + self.training_bytes()["optimizer"]
 
     def track(self, values: Mapping[str, float]) -> None:
         """Gives values to the trackers, under the present step."""
@@ -562,7 +562,11 @@ class Trainer:
                 "it, or start anew with resume=False"
             ) from error
         self._check_same_run(folder, about)
-        self.model.load_state_dict(weights)
+        lost = self.model.load_state_dict(weights, strict=False)
+        absent = set(lost.missing_keys) & set(_trained(self.model))
+        if absent or lost.unexpected_keys:
+            raise ValueError(f"{folder} is of another model: it lacks {sorted(absent)[:3]}, it has "
+                             f"{lost.unexpected_keys[:3]} more. Use another output_dir, or resume=False")  # fmt: skip
         optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -645,7 +649,15 @@ def _save_weights(model: torch.nn.Module, folder: Path) -> None:
         model.save_pretrained(folder, max_shard_size="1TB")
         return
     folder.mkdir()
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(_trained(model), folder / "model.safetensors")
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint must hold: all of one of diffusers' models, of others what is trained and their buffers."""
+    if isinstance(model, ModelMixin):
+        return model.state_dict()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: t.contiguous() for name, t in model.state_dict().items() if name not in frozen}
 
 
 def _load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -135,11 +135,14 @@ def load_unet(place: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
     return unet.to(pipeline.device, pipeline.unet.dtype, memory_format=torch.channels_last).eval()
 
 
-def load_lora(pipeline: Pipeline, place: str | Path) -> Pipeline:
+def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) -> Pipeline:
     """The pipeline with a LoRA, as diffusers' `save_lora_weights` writes it, merged into its weights.
 
+    Args:
+        parts: networks that it must change, of unet and text_encoder.
+
     Raises:
-        ValueError: there is none, or it changes nothing in this pipeline.
+        ValueError: there is none, it lacks one of `parts`, or it changes nothing in this pipeline.
     """
     before = model_hash(pipeline)
     try:
@@ -147,6 +150,12 @@ def load_lora(pipeline: Pipeline, place: str | Path) -> Pipeline:
     except Exception as error:  # as in load_pipeline; a LoRA of another base fails by shape or by name
         raise ValueError(f"the LoRA {str(place)!r} could not be loaded ({' '.join(str(error).split())}): expected what "
                          "save_lora_weights of diffusers writes, for this base model") from error  # fmt: skip
+    adapted = pipeline.get_list_adapters()
+    lacking = [part for part in parts if part not in adapted]
+    if lacking:
+        pipeline.unload_lora_weights()
+        raise ValueError(f"the LoRA {str(place)!r} has nothing for {', '.join(lacking)}, only for "
+                         f"{', '.join(adapted) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     if model_hash(pipeline) == before:  # keys that diffusers does not know it passes over in silence

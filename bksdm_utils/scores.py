@@ -196,6 +196,30 @@ def inception_classes(device: str = "cpu") -> Network:
                    lambda pixels: model(pixels.to(device))[0])  # fmt: skip
 
 
+def dino(device: str = "cpu", place: str = "facebook/dino-vits16") -> Network:
+    """DINO's ViT-S/16 (arXiv 2104.14294): the class token, 384 features; how alike two pictures of one subject are.
+
+    Raises:
+        ValueError: it is not on this machine.
+    """
+    from torchvision import transforms
+    from transformers import ViTModel
+
+    try:
+        model = ViTModel.from_pretrained(resolve(place), add_pooling_layer=False, local_files_only=True)
+    except Exception as error:  # as for CLIP
+        raise ValueError(f"no DINO at {place!r}: looked for a folder, and in the hub's cache on this machine. With a "
+                         f"network: hf download {place}") from error  # fmt: skip
+    model.to(device).eval()
+    bicubic = transforms.InterpolationMode.BICUBIC
+    prepare = transforms.Compose([
+        lambda picture: picture.convert("RGB"), transforms.Resize(256, bicubic), transforms.CenterCrop(224),
+        transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])  # fmt: skip
+    return Network("dino", tensors_hash(model.state_dict(), "256-224"), model.config.hidden_size, prepare,
+                   lambda pixels: model(pixels.to(device)).last_hidden_state[:, 0])  # fmt: skip
+
+
 def find_weights(name: str) -> Path:
     """The file of a network's weights, of `downloads.DOWNLOADS`.
 

@@ -142,11 +142,14 @@ def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
 
 
 def _paste(canvas: Image.Image, thing: Thing, centre: tuple[float, float]) -> None:
-    """Draws one thing with a soft shadow, which keeps a white star on snow visible."""
+    _paste_drawing(canvas, _DRAWINGS[thing.object], COLOURS[thing.colour], SIZES[thing.size], centre)
+
+
+def _paste_drawing(canvas: Image.Image, drawing, colour, extent: float, centre: tuple[float, float]) -> None:
+    """Draws with a soft shadow, which keeps a white star on snow visible."""
     side = canvas.width
     layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
-    pen = _Pen(layer, centre[0] * side, centre[1] * side, SIZES[thing.size] * side)
-    _DRAWINGS[thing.object](pen, COLOURS[thing.colour])
+    drawing(_Pen(layer, centre[0] * side, centre[1] * side, extent * side), colour)
     alpha = layer.getchannel("A")
     shadow = alpha.filter(ImageFilter.GaussianBlur(side / 64)).point(lambda a: a * 0.5)
     canvas.paste((24, 24, 40), (side // 64, side // 40), shadow)
@@ -260,6 +263,48 @@ _DRAWINGS = {
     "house": _house, "tree": _tree, "boat": _boat, "fish": _fish, "star": _star, "heart": _heart,
     "balloon": _balloon, "mushroom": _mushroom, "flower": _flower, "cat": _cat,
 }  # fmt: skip
+
+
+# --- characters that no scene holds: subjects for DreamBooth ----------------------------------------------------------
+
+
+def _tabby(pen: _Pen, _) -> None:
+    """A cat with stripes on its forehead and a white muzzle."""
+    _cat(pen, COLOURS["orange"])
+    for x in (-0.3, 0, 0.3):
+        pen.line((92, 54, 36), 0.12, (x, -0.58), (x * 0.8, -0.25))
+    pen.ellipse(COLOURS["white"], -0.42, 0.2, 0.42, 0.86)
+    for side in (-1, 1):
+        pen.line(INK, 0.06, (side * 0.25, 0.42), (side * 0.72, 0.34))
+    pen.polygon((236, 100, 130), (-0.15, 0.28), (0.15, 0.28), (0, 0.46))
+
+
+def _clownfish(pen: _Pen, _) -> None:
+    """A fish with white bands."""
+    _fish(pen, (246, 110, 30))
+    for x, height in ((-0.3, 0.5), (0.12, 0.4)):
+        pen.line(COLOURS["white"], 0.18, (x, -height), (x, height))
+
+
+def _candy_flower(pen: _Pen, _) -> None:
+    """A flower whose petals are red and white in turn."""
+    _flower(pen, COLOURS["red"])
+    for k in (0, 2, 4):
+        angle = math.radians(60 * k + 30)
+        pen.disc(COLOURS["white"], 0.44 * math.cos(angle), 0.44 * math.sin(angle) - 0.3, 0.27)
+    pen.disc((250, 200, 50), 0, -0.3, 0.22)
+
+
+SUBJECTS = {"tabby": ("cat", _tabby), "clownfish": ("fish", _clownfish), "candy_flower": ("flower", _candy_flower)}
+
+
+def render_subject(name: str, place: str, seed: int = 0, size: int = SIZE, big: bool = True) -> Image.Image:
+    """Draws one of `SUBJECTS` in a place, as `render` draws things."""
+    rng = random.Random(f"render-{seed}")
+    canvas = _backdrop(place, size * OVERSAMPLING, rng)
+    _, drawing = SUBJECTS[name]
+    _paste_drawing(canvas, drawing, None, SIZES["big" if big else "small"], _centres(Scene((), place), rng)[0])
+    return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _gradient(side: int, *stops: tuple[int, int, int]) -> Image.Image:
