@@ -1,8 +1,9 @@
 # Two commands: `make workbook` and `make test`. Both set up what is missing; both may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that outnumber free cores spin and cost far more than they bring.
+# How long threads wait awake: see bksdm_utils/__init__.py.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup workbook test results bench lab lint requirements clean

@@ -42,13 +42,8 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", module, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))  # threads that outnumber cores only spin
-    environment = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
-        "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-    }
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "OMP_NUM_THREADS": threads, **os.environ,
+                   "PYTHONUNBUFFERED": "1"}  # fmt: skip
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip

@@ -279,23 +279,20 @@ def _tabby(pen: _Pen, _) -> None:
     pen.polygon((236, 100, 130), (-0.15, 0.28), (0.15, 0.28), (0, 0.46))
 
 
-def _clownfish(pen: _Pen, _) -> None:
-    """A fish with white bands."""
-    _fish(pen, (246, 110, 30))
-    for x, height in ((-0.3, 0.5), (0.12, 0.4)):
-        pen.line(COLOURS["white"], 0.18, (x, -height), (x, height))
+def _koi(pen: _Pen, _) -> None:
+    """A red fish, white behind."""
+    _fish(pen, COLOURS["red"])
+    pen.draw.chord(pen.at((-1, -0.55), (0.55, 0.55)), -75, 75, fill=COLOURS["white"])
 
 
-def _candy_flower(pen: _Pen, _) -> None:
-    """A flower whose petals are red and white in turn."""
-    _flower(pen, COLOURS["red"])
-    for k in (0, 2, 4):
-        angle = math.radians(60 * k + 30)
-        pen.disc(COLOURS["white"], 0.44 * math.cos(angle), 0.44 * math.sin(angle) - 0.3, 0.27)
-    pen.disc((250, 200, 50), 0, -0.3, 0.22)
+def _sunset_balloon(pen: _Pen, _) -> None:
+    """A balloon, yellow above and red below."""
+    _balloon(pen, COLOURS["yellow"])
+    pen.draw.chord(pen.at((-0.68, -1), (0.68, 0.56)), 0, 180, fill=COLOURS["red"])
 
 
-SUBJECTS = {"tabby": ("cat", _tabby), "clownfish": ("fish", _clownfish), "candy_flower": ("flower", _candy_flower)}
+# Patterns as broad as the autoencoder keeps: of thin bands and of petals in turn it makes a mixture.
+SUBJECTS = {"tabby": ("cat", _tabby), "koi": ("fish", _koi), "sunset_balloon": ("balloon", _sunset_balloon)}
 
 
 def render_subject(name: str, place: str, seed: int = 0, size: int = SIZE, big: bool = True) -> Image.Image:

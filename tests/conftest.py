@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import bksdm_utils  # noqa: F401  before torch, whose threads it tells how to wait
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import resource

@@ -160,7 +160,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(pipeline, subject, class_
     checkpoint = sum(p.stat().st_size for p in whole.trainer.checkpoint.rglob("*.safetensors"))
     assert checkpoint < 9 * whole.model.num_trained + 60_000  # of a LoRA the adapters alone, raw and averaged
     with pytest.raises(ValueError, match="other settings"):
-        lesson(pipeline, load_subject("clownfish"), tmp_path / "broken", **options, resume=True)
+        lesson(pipeline, load_subject("koi"), tmp_path / "broken", **options, resume=True)
 
 
 def test_the_base_stays_as_it_was(pipeline, subject, tmp_path):
@@ -289,7 +289,7 @@ def test_dino_is_loaded_from_files_of_its_format(tmp_path):
     config = ViTConfig(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     network, judge = dino(place=str(tmp_path)), ClipJudge(ROOT / "data" / "storybook" / "clip")
-    subject = load_subject("clownfish")
+    subject = load_subject("koi")
     assert network(subject.real).shape == (5, 384)
     found = subject_scores(judge, network, subject.real, subject.real, ["a fish"] * 5)
     assert 0.2 < found["dino"].value <= 1

@@ -1,4 +1,4 @@
-"""Notebooks 01 to 04 on a person's own teacher, plan and pictures, as papermill runs them."""
+"""Notebooks 01 to 05 on a person's own teacher, plan and pictures, as papermill runs them."""
 
 import json
 
@@ -113,3 +113,29 @@ def test_without_weights_or_captions_the_evaluation_says_what_is_missing(tmp_pat
     result = run_notebook("04", tmp_path / "offline", preset="sd-v2.1")
     assert result["metrics"]["scores"] == {} and result["metrics"]["num_images"] == 0
     assert "downloads coco_captions" in (tmp_path / "offline" / "04.ipynb").read_text()
+
+
+def test_an_own_model_learns_an_own_subject(tmp_path, pipeline_dir, pictures):
+    (pictures / "metadata.csv").unlink()
+    teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
+    build_student(teacher, "bk_base").save_pretrained(tmp_path / "student")
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_base", "subject": str(pictures),
+           "student": str(tmp_path / "student"), "class_word": "fish", "identifier": "x", "num_class_images": 2,
+           "max_train_steps": 3, "num_images": 1, "num_inference_steps": 4, "drift_steps": 0,
+           "lora_targets": "to_q, to_v", "clip": "data/storybook/clip",
+           "pictures_dir": str(tmp_path / "drawn")}  # fmt: skip
+    whole = run_notebook("05", tmp_path / "whole", **own)["metrics"]
+    assert set(whole["costs"]) == {f"{who}, {how}" for who in ("teacher", "bk_base") for how in ("full", "lora")}
+    assert set(whole["scores"]["bk_base, lora"]) == {"clip_i", "clip_t"} and whole["num_images"] == 25
+    text = (tmp_path / "whole" / "05.ipynb").read_text()
+    assert "set aside broken.jpg" in text and "facebook/dino" in text  # DINO's weights are not here, and it says so
+    again = run_notebook(
+        "05", tmp_path / "stopped", **own, models="student", methods="lora", checkpoint_steps=2, resume=True
+    )["metrics"]
+    assert again["scores"]["bk_base, lora"] == whole["scores"]["bk_base, lora"]
+
+
+def test_without_weights_or_subject_dreambooth_says_what_is_missing(tmp_path):
+    result = run_notebook("05", tmp_path / "offline", preset="sd-v1.4", dataset_dir=str(tmp_path))
+    assert result["metrics"]["scores"] == {}
+    assert "downloads dreambooth" in (tmp_path / "offline" / "05.ipynb").read_text()
