@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from torch import nn
 
 from .distill import LossWeights, kd_losses
@@ -50,7 +51,10 @@ class ConsistencyDistillation:
         self.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=num_intervals)
 
     def losses(self, student: nn.Module, draw: Draw) -> dict[str, torch.Tensor]:
-        """One micro-batch: loss, the mean squared difference of the two answers."""
+        """One micro-batch: loss, the mean squared difference of the two answers.
+
+        Answers from far away differ most and are worth least: they count by their signal-to-noise ratio, up to 1.
+        """
         latents, token_ids = self.data.batch(draw, self.solver.device)
         noise = draw.normal(*latents.shape[1:]).to(latents)
         steps = self.scheduler.config.original_inference_steps
@@ -62,7 +66,8 @@ class ConsistencyDistillation:
         with torch.no_grad():
             target = self.answer(student, self.solve(noisy, timesteps, nearer, condition), nearer, condition)
         answer = self.answer(student, noisy, timesteps, condition)
-        return {"loss": kd_losses(answer, target, latents, {}, LossWeights(0.0, 1.0, 0.0)).total}
+        trust = compute_snr(self.scheduler, timesteps).clamp(max=1)
+        return {"loss": kd_losses(answer, target, target, {}, LossWeights(1.0, 0.0, 0.0), trust).total}
 
     def answer(self, student: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: dict) -> torch.Tensor:
         """The consistency function f(x, t) = c_skip x + c_out x₀(x, t), which is x itself at t = 0; (B, 4, H, W)."""

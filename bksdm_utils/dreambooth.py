@@ -23,16 +23,18 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from . import storybook
 from .data import Skipped, to_pixels
 from .distill import training_target
-from .engine import Draw, Step, Trainer, TrainingConfig
+from .engine import Draw, Log, Step, Trainer, TrainingConfig, save_model
 from .latents import encoding_batch, posterior, token_ids
 from .pictures import Prompt
 from .presets import resolve
-from .sampling import Pipeline, model_hash, with_unet
+from .sampling import LORA_BASE, Pipeline, architecture_hash, model_hash, with_unet
 from .scores import ClipJudge, Network, Score, mean_score
 
 DATASET = "data/dreambooth/dataset"
@@ -261,6 +263,7 @@ class Personal(nn.Module):
             raise ValueError(f"DreamBooth is not written for a {type(pipeline).__name__}: expected SD-v1 or SD-v2")
         self.unet, self.text_encoder, self.method = pipeline.unet, pipeline.text_encoder, method
         self.lora = (lora or Lora()) if method == "lora" else None
+        self.base = architecture_hash(pipeline.unet)
         for part in (self.unet, self.text_encoder, pipeline.vae):
             part.requires_grad_(False)
         if self.lora is not None:
@@ -298,7 +301,7 @@ class Personal(nn.Module):
         """What plain diffusers loads: full, a whole pipeline; lora, what `pipe.load_lora_weights(folder)` takes, with
         its alphas."""
         if self.lora is None:
-            pipeline.save_pretrained(folder)
+            save_model(pipeline, folder)
             return
         told = {}
         for name, part in (("unet", self.unet), ("text_encoder", self.text_encoder)):
@@ -306,6 +309,11 @@ class Personal(nn.Module):
                 told[f"{name}_lora_layers"] = get_peft_model_state_dict(part)
                 told[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
         StableDiffusionPipeline.save_lora_weights(folder, **told)
+        file = folder / "pytorch_lora_weights.safetensors"
+        with safe_open(file, "pt") as written:  # again, with what tells its base from others
+            about = {**written.metadata(), LORA_BASE: self.base}
+            tensors = {name: written.get_tensor(name) for name in written.keys()}  # noqa: SIM118  it is no dict
+        save_file(tensors, file, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -329,6 +337,8 @@ class Recipe:
     prior_loss_weight: float = 1.0
     num_class_images: int = 200
     mixed_precision: str = "bf16"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
 
     def with_parameters(self, **given) -> Recipe:
         """This recipe with what is not None put in place of its own; `learning_rate` is for every method."""
@@ -343,6 +353,7 @@ class Recipe:
         return TrainingConfig(
             self.max_train_steps, self.batch_size, learning_rate=dict(self.learning_rates)[method],
             lr_schedule=self.lr_schedule, lr_warmup_steps=self.lr_warmup_steps, ema_decay=0.0, seed=seed,
+            optimizer=self.optimizer,
             mixed_precision=self.mixed_precision if device == "cuda" else "no", checkpoint_steps=checkpoint_steps,
         )  # fmt: skip
 
@@ -442,10 +453,13 @@ class Lesson:
     trainer: Trainer
     loss: DreamBooth
     num_pictures: int
+    log: Log
 
     def steps(self) -> Iterator[Step]:
-        """Trains, yielding after every optimizer step; drawing in between is allowed."""
-        yield from self.trainer.steps(self.loss.losses, self.num_pictures)
+        """Trains, logging and yielding after every optimizer step; drawing in between is allowed."""
+        for step in self.trainer.steps(self.loss.losses, self.num_pictures):
+            self.log.append(step.floats())
+            yield step
 
     def save(self, folder: Path) -> int:
         """`Personal.save`; returns the bytes of what was written."""
@@ -469,8 +483,11 @@ def prepare(
         ValueError: words, method or settings that cannot work, or a checkpoint of another lesson.
     """
     check_words(pipeline, recipe.identifier, subject.word)
-    own = with_unet(pipeline, copy.deepcopy(pipeline.unet))
-    own.text_encoder = copy.deepcopy(pipeline.text_encoder)
+    own = with_unet(pipeline, copy.deepcopy(pipeline.unet).float())
+    own.text_encoder = copy.deepcopy(pipeline.text_encoder).float()
+    if recipe.gradient_checkpointing:
+        own.unet.enable_gradient_checkpointing()
+        own.text_encoder.gradient_checkpointing_enable()
     model = Personal(own, method, recipe.train_text_encoder, recipe.lora, seed)
     side = resolution or own.unet.config.sample_size * own.vae_scale_factor
     instance = Moments.of(own, subject.real, subject.captions(recipe.identifier), side)
@@ -480,7 +497,7 @@ def prepare(
              "method": method, "class_images": _pictures_hash(class_images), "resolution": side}  # fmt: skip
     config = recipe.training_config(method, own.device.type, seed, checkpoint_steps)
     trainer = Trainer(model, config, folder, resume, fixed, name="personal")
-    return Lesson(own, model, trainer, loss, len(subject.pictures))
+    return Lesson(own, model, trainer, loss, len(subject.pictures), Log(folder / "log.csv", trainer.step))
 
 
 def _pictures_hash(pictures: Sequence[tuple[str, Image.Image]]) -> str:

@@ -279,7 +279,8 @@ class Trainer:
         self.micro_batch_size, self.num_micro_batches = config.micro_batches(self.accelerator.num_processes)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = self._new_optimizer()
-        self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+        averaged = self.parameters if config.ema_decay else []  # without an average not a byte for one
+        self.ema = EMAModel(averaged, decay=config.ema_decay, foreach=True)
         self.ema.to(config.ema_device)
         self.step, self.scores, self.tracking = 0, {}, False
         if resume:
@@ -359,7 +360,7 @@ class Trainer:
         if finite or scaled:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        if finite:
+        if finite and self.config.ema_decay:
             self._average()
         self.step += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -462,13 +463,14 @@ class Trainer:
         trained = sum(p.numel() * p.element_size() for p in self.parameters)
         weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         optimizer = trained // 2 if self.config.optimizer == "adamw_8bit" else 2 * trained
-        return {"weights": weights, "gradients": trained, "optimizer": optimizer, "ema": trained}
+        averaged = trained if self.config.ema_decay else 0
+        return {"weights": weights, "gradients": trained, "optimizer": optimizer, "ema": averaged}
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint: raw weights, averaged weights, the optimizer's state."""
+        """Bytes of one checkpoint: raw weights, averaged weights if any, the optimizer's state."""
         weights = sum(t.numel() * t.element_size() for t in _trained(self.model).values())
-        return 2 * weights + self.training_bytes()["optimizer"]
+        return (2 if self.config.ema_decay else 1) * weights + self.training_bytes()["optimizer"]
 
     def track(self, values: Mapping[str, float]) -> None:
         """Gives values to the trackers, under the present step."""
@@ -480,7 +482,10 @@ class Trainer:
 
     @contextmanager
     def ema_weights(self) -> Iterator[torch.nn.Module]:
-        """Lends `model` the EMA weights for the length of a `with` block."""
+        """Lends `model` the EMA weights for the length of a `with` block; its own where there is no average."""
+        if not self.config.ema_decay:
+            yield self.model
+            return
         self.ema.store(self.parameters)
         self.ema.copy_to(self.parameters)
         try:
@@ -525,8 +530,9 @@ class Trainer:
 
     def _write(self, folder: Path) -> None:
         _save_weights(self.model, folder / self.name)
-        with self.ema_weights() as model:
-            _save_weights(model, folder / f"{self.name}_ema")
+        if self.config.ema_decay:
+            with self.ema_weights() as model:
+                _save_weights(model, folder / f"{self.name}_ema")
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16's
         torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
         about = {"step": self.step, "ema_steps": self.ema.optimization_step, "scores": self.scores}
@@ -554,7 +560,8 @@ class Trainer:
             return
         try:
             about = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-            weights, averaged = (_load_weights(folder / name) for name in (self.name, f"{self.name}_ema"))
+            weights = _load_weights(folder / self.name)
+            averaged = _load_weights(folder / f"{self.name}_ema") if self.config.ema_decay else {}
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # cut off, not a checkpoint, not readable: each library raises its own kinds
             raise ValueError(
@@ -571,7 +578,7 @@ class Trainer:
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        for shadow, name in zip(self.ema.shadow_params, trained, strict=True):
+        for shadow, name in zip(self.ema.shadow_params, trained if averaged else [], strict=True):
             shadow.data.copy_(averaged[name])
         self.ema.optimization_step, self.step, self.scores = about["ema_steps"], about["step"], about["scores"]
 

