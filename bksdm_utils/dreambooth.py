@@ -487,7 +487,6 @@ def prepare(
     own.text_encoder = copy.deepcopy(pipeline.text_encoder).float()
     if recipe.gradient_checkpointing:
         own.unet.enable_gradient_checkpointing()
-        own.text_encoder.gradient_checkpointing_enable()
     model = Personal(own, method, recipe.train_text_encoder, recipe.lora, seed)
     side = resolution or own.unet.config.sample_size * own.vae_scale_factor
     instance = Moments.of(own, subject.real, subject.captions(recipe.identifier), side)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from bksdm_utils import dreambooth, storybook
@@ -28,8 +30,9 @@ from bksdm_utils.dreambooth import (
 from bksdm_utils.engine import Draw
 from bksdm_utils.pictures import picture_path, sample, storybook_prompts
 from bksdm_utils.presets import ROOT
-from bksdm_utils.sampling import Sampling, generate, load_lora, load_pipeline, picture_seed
+from bksdm_utils.sampling import Sampling, generate, load_lora, load_pipeline, picture_seed, with_unet
 from bksdm_utils.scores import ClipJudge, dino
+from bksdm_utils.surgery import build_student
 
 FAST = {"num_inference_steps": 4, "guidance_scale": 2.0}
 SMALL = Recipe("tabby", "z", 4, 2, (("full", 1e-3), ("lora", 1e-2)), lora=Lora(4, 6, text_rank=2, text_alpha=3))
@@ -141,6 +144,36 @@ def test_plain_diffusers_draws_the_same(pipeline_dir, subject, tmp_path, method)
         merged = load_lora(load_pipeline(pipeline_dir), tmp_path / "saved", ("unet", "text_encoder"))
         merged_drawn = np.stack([np.asarray(p) for p in generate(merged, prompts, **FAST)]).astype(int)
         assert np.abs(merged_drawn - mine).max() <= 1
+        merged.save_pretrained(tmp_path / "merged")
+        again = generate(load_pipeline(tmp_path / "merged"), prompts, **FAST)
+        assert all(np.array_equal(a, b) for a, b in zip(again, merged_drawn, strict=True))
+
+
+def test_a_lora_of_another_model_is_refused(pipeline_dir, subject, tmp_path):
+    """Diffusers would load either in silence: missing layers are passed over, moved ones get another's adapters."""
+
+    def student():
+        base = load_pipeline(pipeline_dir)
+        return with_unet(base, build_student(base.unet, "bk_small"))
+
+    for name, base, other in (("teacher", lambda: load_pipeline(pipeline_dir), student),
+                              ("student", student, lambda: load_pipeline(pipeline_dir))):  # fmt: skip
+        lesson(base(), subject, tmp_path / name).save(tmp_path / name / "saved")
+        with pytest.raises(ValueError, match="another architecture"):
+            load_lora(other(), tmp_path / name / "saved")
+    file = tmp_path / "teacher" / "saved" / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file)  # as others write it, who do not name the base
+    with pytest.raises(ValueError, match="trained on another model: .* tensors"):
+        load_lora(student(), tmp_path / "teacher" / "saved")
+
+
+def test_a_pipeline_of_half_precision_is_taught_in_full(pipeline_dir, subject, tmp_path):
+    half = load_pipeline(pipeline_dir, dtype=torch.bfloat16)
+    taught = lesson(half, subject, tmp_path, "full", replace(SMALL, gradient_checkpointing=True))
+    assert {p.dtype for p in taught.model.parameters()} == {torch.float32} and half.unet.dtype == torch.bfloat16
+    assert all(np.isfinite(step.floats()["loss"]) for step in taught.steps())
+    assert len(generate(taught.pipeline, ["a z cat at night"], **FAST)) == 1
+    assert taught.trainer.training_bytes()["ema"] == 0 and not list(tmp_path.rglob("*_ema"))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -158,9 +191,43 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(pipeline, subject, class_
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     checkpoint = sum(p.stat().st_size for p in whole.trainer.checkpoint.rglob("*.safetensors"))
-    assert checkpoint < 9 * whole.model.num_trained + 60_000  # of a LoRA the adapters alone, raw and averaged
+    assert checkpoint < 4 * whole.model.num_trained + 120_000  # of a LoRA the adapters alone
+    assert [row["step"] for row in resumed.log.rows] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="other settings"):
         lesson(pipeline, load_subject("koi"), tmp_path / "broken", **options, resume=True)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from bksdm_utils import dreambooth
+from bksdm_utils.dreambooth import Lora, Recipe
+from bksdm_utils.sampling import load_pipeline
+pipeline, folder, method, recipe = load_pipeline(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], eval(sys.argv[4])
+taught = dreambooth.prepare(pipeline, dreambooth.load_subject("tabby"), recipe, method, folder, checkpoint_steps=1)
+for step in taught.steps():
+    print(step.step, flush=True)
+    time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_and_resumed_ends_bit_for_bit_the_same(pipeline_dir, pipeline, subject, tmp_path, method):
+    command = [sys.executable, "-c", KILLED, str(pipeline_dir), str(tmp_path / "killed"), method, repr(SMALL)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "2":
+            process.kill()  # SIGKILL, in the middle of what it does
+            break
+    process.wait()
+    resumed = lesson(pipeline, subject, tmp_path / "killed", method, checkpoint_steps=1, resume=True)
+    assert 1 <= resumed.trainer.step <= 3
+    whole = lesson(pipeline, subject, tmp_path / "whole", method)
+    for taught in (whole, resumed):
+        for _ in taught.steps():
+            pass
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_base_stays_as_it_was(pipeline, subject, tmp_path):
