@@ -1,4 +1,4 @@
-"""Notebooks 01 to 05 on a person's own teacher, plan and pictures, as papermill runs them."""
+"""Notebooks 01 to 06 on a person's own teacher, plan and pictures, as papermill runs them."""
 
 import json
 
@@ -148,3 +148,25 @@ def test_without_weights_or_subject_dreambooth_says_what_is_missing(tmp_path):
     result = run_notebook("05", tmp_path / "offline", preset="sd-v1.4", dataset_dir=str(tmp_path))
     assert result["metrics"]["scores"] == {}
     assert "downloads dreambooth" in (tmp_path / "offline" / "05.ipynb").read_text()
+
+
+def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pictures):
+    teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
+    build_student(teacher, "bk_tiny").save_pretrained(tmp_path / "student")
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_tiny",
+           "student": str(tmp_path / "student"), "train_data_dir": str(pictures), "resolution": 64, "batch_size": 2,
+           "num_inference_steps": 4, "lcm_steps": 2, "few_steps": "1,4", "num_images": 2, "picture": str(pictures / "1.png"), "clip": "data/storybook/clip",
+           "formats": "diffusers,single_file", "prompt": "a fish"}  # fmt: skip
+    metrics = run_notebook("06", tmp_path / "played", **own)["metrics"]
+    assert set(metrics["megabytes"]) == {"diffusers", "single_file"} and metrics["difference"]["diffusers"] == 0
+    assert {"bk_tiny, DPM-Solver++, 1 steps", "bk_tiny, few-step, 4 steps"} <= set(metrics["few_steps"])
+    card = (tmp_path / "played" / "exports" / "diffusers" / "README.md").read_text()
+    assert "bk_tiny" in card and "| optimizer steps | not recorded |" in card
+    for name in ("playground", "image_to_image", "few_steps", "exports"):
+        assert (tmp_path / "played" / f"{name}.png").exists()
+
+
+def test_without_weights_there_is_nothing_to_play_with_and_it_says_so(tmp_path):
+    result = run_notebook("06", tmp_path / "offline", preset="sd-v2.1")
+    assert result["metrics"]["megabytes"] == {} and result["metrics"]["few_steps"] == {}
+    assert "What needs weights is skipped" in (tmp_path / "offline" / "06.ipynb").read_text()

@@ -1,0 +1,206 @@
+"""Exports, loaded by fresh processes that cannot import this package."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from bksdm_utils import export
+from bksdm_utils.sampling import load_pipeline, with_unet
+from bksdm_utils.surgery import RemovalPlan, Stage, build_student
+
+CARD = export.Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
+THREADS = torch.get_num_threads()
+HEAD = """
+import sys
+sys.modules["bksdm_utils"] = None  # importing it raises
+import numpy as np, torch
+from diffusers import StableDiffusionPipeline
+torch.set_num_threads(1)
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    options = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np")
+    return pipe("a big red cat at night", generator=generator, **options).images[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def students(pipeline_dir):
+    """Pipelines of narrow students, by variant."""
+    base = load_pipeline(pipeline_dir)
+    torch.manual_seed(0)
+    for part in (base.unet, base.vae, base.text_encoder):  # norms of ones and zeros would hide a mistake
+        for parameter in part.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    return {name: with_unet(base, build_student(base.unet, name).eval()) for name in ("bk_base", "bk_small", "bk_tiny")}
+
+
+def drawn(pipeline):
+    pipeline.unet.to(
+        memory_format=torch.contiguous_format
+    )  # as it is loaded elsewhere: another layout rounds otherwise
+    torch.set_num_threads(1)
+    generator, options = torch.Generator().manual_seed(3), {"num_inference_steps": 4, "guidance_scale": 2.0}
+    picture = pipeline("a big red cat at night", generator=generator, output_type="np", **options).images[0]
+    torch.set_num_threads(THREADS)
+    return picture
+
+
+def elsewhere(program, folder):
+    done = subprocess.run([sys.executable, "-c", HEAD + program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_path):
+    for name, student in students.items():
+        export.save_diffusers(student, tmp_path / name, CARD)
+    elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
+              "    np.save(n, draw(StableDiffusionPipeline.from_pretrained(n)))", tmp_path)  # fmt: skip
+    for name, student in students.items():
+        theirs = np.load(tmp_path / f"{name}.npy")
+        assert np.array_equal((theirs * 255).round(), (drawn(student) * 255).round())
+        plain = UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
+        assert all(torch.equal(t, plain[key]) for key, t in student.unet.state_dict().items())
+    names = set(load_file(tmp_path / "bk_tiny" / "text_encoder" / "model.safetensors"))
+    assert all(name.startswith("text_model.") for name in names)  # transformers 4 wants it so
+    vocabulary = json.loads((tmp_path / "bk_tiny" / "tokenizer" / "vocab.json").read_text())
+    assert vocabulary == students["bk_tiny"].tokenizer.get_vocab()
+    assert (tmp_path / "bk_tiny" / "tokenizer" / "merges.txt").read_text().startswith("#version")
+
+
+def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
+    for name, student in students.items():
+        about = export.save_single_file(student, tmp_path / name, "model")
+        assert ("changes nothing" in about) == (name != "bk_base") and "ViT-L/14" in about
+    elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
+              "    pipe = StableDiffusionPipeline.from_single_file(f'{n}/model.safetensors', config=f'{n}/config',\n"
+              "                                                    local_files_only=True, safety_checker=None)\n"
+              "    np.save(n, draw(pipe))", tmp_path)  # fmt: skip
+    for name, student in students.items():
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - drawn(student)).max() < 1e-4
+        whole = export.with_mid_block(student.unet)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        in_file = [k for k in tensors if k.startswith("model.diffusion_model.")]
+        assert len(in_file) == len(whole.state_dict())
+        described = yaml.safe_load((tmp_path / name / "model.yaml").read_text())["model"]["params"]
+        network = described["unet_config"]["params"]
+        stages, layers = len(network["channel_mult"]), network["num_res_blocks"]
+        blocks = {k.split(".")[3] for k in in_file if ".input_blocks." in k}
+        assert len(blocks) == stages * (layers + 1)  # as the original counts: first convolution, layers, downsamplers
+        assert network["channel_mult"][-1] * network["model_channels"] == student.unet.config.block_out_channels[-1]
+
+
+def test_names_of_the_single_file_are_those_of_stable_diffusion(pipeline_dir):
+    """The teacher has SD-v1's topology, so its file must have the names that the published checkpoint has."""
+    teacher = load_pipeline(pipeline_dir)
+    unet, vae = export.ldm_unet(teacher.unet), export.ldm_vae(teacher.vae)
+    for name in ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.3.0.op.weight",
+                 "input_blocks.4.0.skip_connection.weight", "input_blocks.11.0.out_layers.3.bias",
+                 "middle_block.1.proj_in.weight", "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight",
+                 "output_blocks.11.1.norm.weight", "time_embed.2.bias", "out.2.weight"):  # fmt: skip
+        assert name in unet, name
+    for name in ("encoder.down.0.downsample.conv.weight", "encoder.mid.block_1.norm1.weight", "quant_conv.weight",
+                 "decoder.mid.attn_1.proj_out.weight", "decoder.mid.attn_1.norm.bias",
+                 "decoder.up.3.upsample.conv.bias", "decoder.up.0.block.1.conv2.weight",
+                 "encoder.down.1.block.0.nin_shortcut.weight", "encoder.norm_out.weight",
+                 "decoder.conv_in.weight"):  # fmt: skip
+        assert name in vae, name
+    assert vae["decoder.mid.attn_1.q.weight"].ndim == 4
+    assert len(unet) == len(teacher.unet.state_dict()) and len(vae) == len(teacher.vae.state_dict())
+
+
+def test_what_the_original_layout_cannot_express_is_said(pipeline_dir, tmp_path):
+    base = load_pipeline(pipeline_dir)
+    plan = RemovalPlan("uneven", (Stage((0, 1), (0, 1, 2)), *[Stage((0,), (0, 2))] * 3))
+    uneven = with_unet(base, build_student(base.unet, plan))
+    with pytest.raises(ValueError, match=r"as many layers in every stage"):
+        export.save_single_file(uneven, tmp_path / "uneven", "model")
+    second = UNet2DConditionModel.from_config({**base.unet.config, "use_linear_projection": True})
+    with pytest.raises(ValueError, match="SD-v1's kind"):
+        export.save_single_file(with_unet(base, second), tmp_path / "v2", "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_draws_the_same_picture_elsewhere(students, tmp_path):
+    pytest.importorskip("onnxruntime")
+    export.save_onnx(students["bk_small"], tmp_path / "onnx")
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-I", str(tmp_path / "onnx" / "draw.py"), "a big red cat at night", "--seed", "3",
+               "--steps", "4", "--guidance", "2", "--output", "cat.png"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = np.asarray(Image.open(tmp_path / "elsewhere" / "cat.png")).astype(float)
+    assert np.abs(theirs - drawn(students["bk_small"]) * 255).mean() < 1
+    assert np.abs(theirs - drawn(students["bk_tiny"]) * 255).mean() > 1  # the picture depends on the model
+    assert "bksdm_utils" not in (tmp_path / "onnx" / "draw.py").read_text()
+
+
+def test_core_ml_packages_hold_the_weights(students, tmp_path):
+    pytest.importorskip("coremltools")
+    export.save_core_ml(students["bk_small"], tmp_path / "core_ml")
+    found = export.check_core_ml(students["bk_small"], tmp_path / "core_ml")
+    assert found["unet"] == len(list(students["bk_small"].unet.parameters())) and found["vae_decoder"] > 30
+    changed = build_student(load_pipeline_unet(students), "bk_small", copy=False)
+    with pytest.raises(ValueError, match="lacks or changes"):
+        export.check_core_ml(with_unet(students["bk_small"], changed), tmp_path / "core_ml")
+
+
+def load_pipeline_unet(students):
+    return UNet2DConditionModel.from_config({**students["bk_base"].unet.config, "layers_per_block": 2})
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is there already"):
+        export.save_diffusers(students["bk_tiny"], tmp_path / "mine", CARD)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written"):
+        export.save_diffusers(students["bk_tiny"], tmp_path / "file" / "below", CARD)
+    monkeypatch.setattr(export, "model_card", lambda card: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+
+
+def test_missing_packages_are_named(students, tmp_path, monkeypatch):
+    for module, save in (("onnx", export.save_onnx), ("coremltools", export.save_core_ml)):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=r"pip install -e '\.\[export\]'"):
+            save(students["bk_tiny"], tmp_path / module)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_says_what_is_known_and_what_is_not():
+    text = export.model_card(CARD)
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "a teacher" and head["library_name"] == "diffusers"
+    assert "| CLIP score | 0.81 ± 0.01 |" in text and "Protocol: storybook; pictures: not recorded" in text
+    assert "| optimizer steps | not recorded |" in text and "4,873,412" in export.model_card(
+        export.Card("x", "bk_small", "y", num_parameters=4873412)
+    )
+
+
+def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 20_000)
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Api", (), {
+        "create_repo": lambda self, *a, **k: calls.append(("create", a, k)),
+        "upload_folder": lambda self, **k: calls.append(("upload", k)),
+    })())  # fmt: skip
+    export.upload(tmp_path, "me/student")
+    assert not calls and "nothing was uploaded" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no repo_id"):
+        export.upload(tmp_path, None, push_to_hub=True)
+    export.upload(tmp_path, "me/student", push_to_hub=True)
+    assert [call[0] for call in calls] == ["create", "upload"] and calls[0][2]["private"]
+    assert "model.safetensors  0.02 MB" in capsys.readouterr().out
