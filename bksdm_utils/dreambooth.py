@@ -33,7 +33,7 @@ from .distill import training_target
 from .engine import Draw, Log, Step, Trainer, TrainingConfig, save_model
 from .latents import encoding_batch, posterior, token_ids
 from .pictures import Prompt
-from .presets import resolve
+from .presets import Missing, resolve
 from .sampling import LORA_BASE, Pipeline, architecture_hash, model_hash, with_unet
 from .scores import ClipJudge, Network, Score, mean_score
 
@@ -96,6 +96,7 @@ def load_subject(place: str, word: str | None = None, dataset: str | Path = DATA
         word: the class, for a folder that is none of google/dreambooth's.
 
     Raises:
+        Missing: it may be one of google/dreambooth's, which is not here.
         ValueError: there is no such subject, no readable picture, or the class of a folder is not said.
     """
     if place in storybook.SUBJECTS:
@@ -104,7 +105,9 @@ def load_subject(place: str, word: str | None = None, dataset: str | Path = DATA
     if not folder.is_dir():
         folder = Path(resolve(dataset)) / place
     if not folder.is_dir():
-        raise ValueError(
+        fetched = (Path(resolve(dataset)) / "prompts_and_classes.txt").is_file()
+        kind = Missing if re.fullmatch(r"\w+", place) and not fetched else ValueError
+        raise kind(
             f"no subject {place!r}: expected {', '.join(storybook.SUBJECTS)}, a folder of pictures, or a "
             f"name of google/dreambooth's in {dataset} (python -m bksdm_utils.downloads dreambooth)"
         )
@@ -159,11 +162,11 @@ def dreambooth_subjects(dataset: str | Path = DATASET) -> list[str]:
     """The names of google/dreambooth's thirty subjects.
 
     Raises:
-        ValueError: the data set is not there.
+        Missing: the data set is not there.
     """
     found = _dreambooth_words(Path(resolve(dataset)) / "prompts_and_classes.txt")
     if not found:
-        raise ValueError(f"{dataset} has no prompts_and_classes.txt: python -m bksdm_utils.downloads dreambooth")
+        raise Missing(f"{dataset} has no prompts_and_classes.txt: python -m bksdm_utils.downloads dreambooth")
     return list(found)
 
 

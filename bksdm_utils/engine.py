@@ -604,13 +604,16 @@ class Trainer:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, wait: bool = False) -> Iterator[None]:
     """Within the block no other run writes to `folder`; the system lifts the lock when this process dies.
 
     Of several processes of one run the main one holds it.
 
+    Args:
+        wait: where another run holds it, say so and wait for it: of caches that runs share.
+
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds it, and `wait` is False.
     """
     if not PartialState().is_main_process:
         yield
@@ -621,7 +624,10 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another run writes to {folder}: wait, stop it, or use another folder") from error
+        if not wait:
+            raise ValueError(f"another run writes to {folder}: wait, stop it, or use another folder") from error
+        print(f"another run writes to {folder}: waiting for it", flush=True)
+        lock.acquire(timeout=-1, poll_interval=0.5)
     try:
         yield
     finally:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -20,11 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from . import storybook
 from .data import Skipped, in_threads, storybook_examples
 from .engine import alone
-from .pictures import Prompt, picture_path, storybook_scene, whole_pictures
+from .pictures import Prompt, check_same_prompts, not_here, picture_path, storybook_scene, whole_pictures
 from .presets import ROOT, resolve
 from .run import write_json
 from .scores import (
@@ -44,6 +48,7 @@ from .scores import (
     named_rightly,
 )
 
+VERSION = 2  # of how rows and scores are computed: what another version has kept is not read
 FEW = 10_000  # pictures below which a FID says little
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -78,6 +83,7 @@ class Protocol:
         clip: the CLIP of the CLIP score; for storybook it gives the other scores' features too.
         features: makes the network of FID and KID; None is the CLIP.
         classes: makes the network of the Inception score; None is the CLIP.
+        image_format: what pictures are kept in. The paper's view makes JPEGs of them anyway, and these take a third.
     """
 
     name: str
@@ -85,14 +91,26 @@ class Protocol:
     clip: str
     features: Callable[[str], Network] | None = None
     classes: Callable[[str], Network] | None = None
+    image_format: str = "png"
 
 
 VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 PROTOCOLS = {
-    "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes),
+    "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes, "jpeg"),
     "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes),
     "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
 }
+
+
+def find_protocol(name: str) -> Protocol:
+    """A protocol by name.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}: expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 # --- rows that are computed once --------------------------------------------------------------------------------------
@@ -135,8 +153,15 @@ class Rows:
         return np.array([self.place[key] for key in keys], np.int64)
 
 
+def _progress(total: int, what: str) -> tqdm:
+    """A plain line now and then, with an estimate, for work that takes more than ten seconds."""
+    return tqdm(total=total, desc=what, file=sys.stdout, mininterval=10, delay=10, ascii=True, ncols=70)
+
+
 def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], object]]) -> Skipped:
     """Has the network describe what is not described yet; the next items are prepared while it works.
+
+    Work of more than ten seconds says how far it is.
 
     Args:
         items: hash -> what opens the picture or gives the text.
@@ -153,49 +178,79 @@ def compute(rows: Rows, network: Network, items: Mapping[str, Callable[[], objec
         except Exception as error:  # Pillow raises many kinds for a broken file
             return key, str(error) or type(error).__name__
 
-    ready = in_threads(prepared, (key for key in items if key not in rows.place), ahead=2 * batch_size)
-    while batch := list(islice(ready, batch_size)):
-        failed += [(key, found) for key, found in batch if isinstance(found, str)]
-        good = [(key, found) for key, found in batch if not isinstance(found, str)]
-        if good:
-            with torch.no_grad():
-                rows.add([key for key, _ in good], network.forward(torch.stack([x for _, x in good])).float().cpu())
+    todo = [key for key in items if key not in rows.place]
+    ready = in_threads(prepared, todo, ahead=2 * batch_size)
+    with _progress(len(todo), network.name) as bar:
+        while batch := list(islice(ready, batch_size)):
+            failed += [(key, found) for key, found in batch if isinstance(found, str)]
+            good = [(key, found) for key, found in batch if not isinstance(found, str)]
+            if good:
+                with torch.no_grad():
+                    rows.add([key for key, _ in good], network.forward(torch.stack([x for _, x in good])).float().cpu())
+            bar.update(len(batch))
     return failed
 
 
 # --- real pictures ----------------------------------------------------------------------------------------------------
 
 
-def real_pictures(place: str | Path | None, count: int = 1000) -> dict[str, Callable[[], Image.Image]]:
+@contextmanager
+def real_pictures(place: str | Path | None, count: int = 1000) -> Iterator[dict[str, Callable[[], Image.Image]]]:
     """Real pictures by the hash of their contents: of a folder or a .zip, or renders of storybook's test scenes.
+
+    They can be opened within the block.
 
     Args:
         place: None is the storybook.
         count: of storybook's renders.
 
     Raises:
-        ValueError: there are none.
+        Missing: a download that was not fetched yet.
+        ValueError: no such file or folder, it cannot be read, or it holds no pictures.
     """
     if place is None:
-        return {example.key: example.open for example in storybook_examples(count, "test")}
+        yield {example.key: example.open for example in storybook_examples(count, "test")}
+        return
+    place = _real_place(place)
+    with _archive(place) if place.is_file() else nullcontext() as archive:
+        found = _pictures_below(place) if archive is None else _pictures_in(archive)
+        if not found:
+            raise ValueError(f"{place} holds no pictures: expected {', '.join(sorted(PICTURES))}")
+        yield found
+
+
+def _real_place(place: str | Path) -> Path:
     place = Path(resolve(place))
-    if place.suffix == ".zip" and place.is_file():
-        archive = zipfile.ZipFile(place)
-        names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in PICTURES)
-        return {f"{archive.getinfo(name).CRC:08x}-{name}": partial(_in_zip, place, name) for name in names}
-    if not place.is_dir():
-        raise ValueError(f"{place} is missing: expected statistics (.npz), a folder or a .zip of real pictures. COCO's "
-                         "come by python -m bksdm_utils.downloads coco_statistics (or coco_pictures)")  # fmt: skip
-    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES)
-    if not paths:
-        raise ValueError(f"{place} holds no pictures: expected {', '.join(sorted(PICTURES))}")
+    if not place.exists():
+        raise not_here(place)(
+            f"{place} is missing: expected statistics (.npz), a folder or a .zip of real pictures. COCO's come by "
+            "python -m bksdm_utils.downloads coco_statistics (or coco_pictures)"
+        )
+    return place
+
+
+def _archive(place: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(place)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{place} cannot be read ({error}): expected an .npz with mu and sigma, a folder or a .zip of "
+                         "pictures") from error  # fmt: skip
+
+
+def _pictures_below(folder: Path) -> dict[str, Callable[[], Image.Image]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     hashes = in_threads(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
     return {key: partial(Image.open, path) for key, path in zip(hashes, paths, strict=True)}
 
 
-def _in_zip(place: Path, name: str) -> Image.Image:
-    with zipfile.ZipFile(place) as archive:
+def _pictures_in(archive: zipfile.ZipFile) -> dict[str, Callable[[], Image.Image]]:
+    """Opened through the one archive, which several threads may read; its table alone takes a second to load."""
+    names = sorted(name for name in archive.namelist() if Path(name).suffix.lower() in PICTURES)
+
+    def opened(name: str) -> Image.Image:
         return Image.open(io.BytesIO(archive.read(name)))
+
+    return {f"{archive.getinfo(name).CRC:08x}-{name}": partial(opened, name) for name in names}
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -238,7 +293,8 @@ class Evaluator:
         cache_dir: where the rows of real pictures are kept.
 
     Raises:
-        ValueError: an unknown protocol, networks whose weights are not here, or unusable real pictures.
+        Missing: weights of its networks, or COCO's real pictures, that were not fetched yet.
+        ValueError: an unknown protocol, or unusable real pictures.
     """
 
     def __init__(
@@ -249,9 +305,7 @@ class Evaluator:
         cache_dir: str | Path | None = None,
         clip: str | None = None,
     ):
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-        self.protocol = PROTOCOLS[protocol]
+        self.protocol = find_protocol(protocol)
         self.judge = ClipJudge(clip or self.protocol.clip, device)
         self.features = self.protocol.features(device) if self.protocol.features else self.judge.pictures
         self.classes = self.protocol.classes(device) if self.protocol.classes else None
@@ -261,17 +315,20 @@ class Evaluator:
     @cached_property
     def real(self) -> Statistics:
         """What the drawn pictures are compared with."""
-        if self.place is not None and Path(resolve(self.place)).suffix == ".npz":
-            return Statistics.load(Path(resolve(self.place)), self.features.dim)
+        if self._statistics_only:
+            return Statistics.load(_real_place(self.place), self.features.dim)
         return Statistics.of(self.real_rows)
+
+    @property
+    def _statistics_only(self) -> bool:
+        return self.place is not None and Path(self.place).suffix == ".npz"
 
     @cached_property
     def real_rows(self) -> np.ndarray | None:
         """Features of the real pictures, (N, D); None where only their statistics are known."""
-        if self.place is not None and Path(resolve(self.place)).suffix == ".npz":
+        if self._statistics_only:
             return None
-        items = real_pictures(self.place)
-        with alone(self.cache_dir):
+        with real_pictures(self.place) as items, alone(self.cache_dir, wait=True):
             rows = self._rows(self.cache_dir, self.features)
             failed = compute(rows, self._seen(self.features), items)
         if failed:
@@ -283,15 +340,16 @@ class Evaluator:
         again.
 
         Raises:
-            ValueError: fewer than twenty whole pictures, or another run is at work in the folder.
+            ValueError: fewer than twenty whole pictures, or pictures of other prompts under these ids.
         """
-        with alone(folder):
+        with alone(folder, wait=True):
             hashes, skipped = self._whole(folder, prompts)
             key = self._key(hashes, prompts)
             path = folder / f"scores-{self.protocol.name}.json"
             if (known := _read(path, key)) is not None:
-                return known
-            chosen = [prompt for prompt in prompts if prompt.id in hashes]
+                return replace(known, skipped=skipped)  # other pictures may be missing than when it was written
+            texts = {prompt.id: prompt.text for prompt in prompts}
+            chosen = [Prompt(id, texts[id]) for id in hashes]
             scores, clip_scores = self._scores(folder, chosen, hashes)
             found = Evaluation(self.protocol.name, key, len(chosen), scores, clip_scores, skipped)
             write_json(path, {**asdict(found), "scores": {name: s._asdict() for name, s in scores.items()}})
@@ -299,7 +357,7 @@ class Evaluator:
 
     def fid_by_number(self, folder: Path, prompts: Sequence[Prompt], counts: Sequence[int]) -> dict[int, Score]:
         """Mean and spread of the FID of random subsets of each size."""
-        with alone(folder):
+        with alone(folder, wait=True):
             hashes, _ = self._whole(folder, prompts)
             rows = self._computed(folder, self.features, hashes)
         chance, all_, places = np.random.default_rng(0), rows.all(), rows.where(list(hashes.values()))
@@ -313,9 +371,13 @@ class Evaluator:
     # --- how ---
 
     def _whole(self, folder: Path, prompts: Sequence[Prompt]) -> tuple[dict[str, str], Skipped]:
-        """id -> hash of each picture that is what the manifest says and can be opened; and the others."""
+        """id -> hash of each picture that is what the manifest says, and the others.
+
+        In the order of ids: splits and halves are of the same pictures whatever the order of the prompts.
+        """
         have = whole_pictures(folder)
-        hashes = {prompt.id: have[prompt.id].sha256 for prompt in prompts if prompt.id in have}
+        check_same_prompts(folder, prompts, have)
+        hashes = {id: have[id].sha256 for id in sorted(prompt.id for prompt in prompts) if id in have}
         skipped = [(p.id, "missing or damaged: draw the folder again") for p in prompts if p.id not in have]
         if len(hashes) < 20:
             raise ValueError(f"{folder} has {len(hashes)} whole pictures of {len(prompts)}: scores need 20 at least")
@@ -323,7 +385,8 @@ class Evaluator:
 
     def _key(self, hashes: Mapping[str, str], prompts: Sequence[Prompt]) -> str:
         texts = {prompt.id: prompt.text for prompt in prompts}
-        about = [self.protocol.name, self.judge.key, self.features.key, getattr(self.classes, "key", "")]
+        about = [str(VERSION), self.protocol.name, self.judge.key, self.features.key]
+        about += [getattr(self.classes, "key", ""), f"KID: {self.real_rows is not None}"]
         about += [f"{id}\x00{texts[id]}\x00{sha256}" for id, sha256 in sorted(hashes.items())]
         digest = hashlib.sha256("\x01".join(about).encode())
         for numbers in (self.real.mean, self.real.covariance):
@@ -336,7 +399,7 @@ class Evaluator:
         return Network(network.name, network.key, network.dim, prepare, network.forward)
 
     def _rows(self, folder: Path, network: Network) -> Rows:
-        return Rows(folder / f"rows-{network.name}-{self.protocol.name}-{network.key}", network.dim)
+        return Rows(folder / f"rows-{VERSION}-{network.name}-{self.protocol.name}-{network.key}", network.dim)
 
     def _computed(self, folder: Path, network: Network, hashes: Mapping[str, str]) -> Rows:
         rows = self._rows(folder, network)
@@ -376,7 +439,7 @@ class Evaluator:
     def _cosines(self, folder: Path, prompts: Sequence[Prompt], looked_at: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Each picture's cosine with its caption, block by block."""
         network = self.judge.captions
-        rows = Rows(folder / f"rows-{network.name}-{network.key}", network.dim)
+        rows = Rows(folder / f"rows-{VERSION}-{network.name}-{network.key}", network.dim)
         keys = [hashlib.sha256(prompt.text.encode()).hexdigest() for prompt in prompts]
         compute(rows, network, {key: (lambda p=p: p.text) for key, p in zip(keys, prompts, strict=True)})
         texts, where, found = rows.all(), rows.where(keys), []
@@ -404,14 +467,24 @@ class Evaluator:
         return scores
 
 
+def by_short_name(places: Sequence[str]) -> dict[str, str]:
+    """Each folder or hub id once, by its last two parts, or by as many as tell it from the others."""
+    different, count = {Path(os.path.abspath(place)).parts: place for place in places}, 2
+    while len(named := {"/".join(parts[-count:]): place for parts, place in different.items()}) < len(different):
+        count += 1
+    return named
+
+
 def distance_to(teacher: Path, folder: Path, prompts: Sequence[Prompt]) -> Score:
     """How far a model's pictures lie from the teacher's of the same prompts and noise: root mean square over pixels,
     in grey levels of 255, averaged over the pictures that both folders have whole.
 
     Raises:
-        ValueError: they have none in common.
+        ValueError: they have none in common, or a picture was drawn from another text than its prompt's.
     """
     have, theirs = whole_pictures(folder), whole_pictures(teacher)
+    check_same_prompts(folder, prompts, have)
+    check_same_prompts(teacher, prompts, theirs)
     both = [prompt.id for prompt in prompts if prompt.id in have and prompt.id in theirs]
     if not both:
         raise ValueError(f"{folder} and {teacher} have no picture in common: draw the same prompts in both")

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,14 +27,16 @@ from PIL import Image
 
 from . import processes, storybook
 from .data import in_threads
+from .downloads import DOWNLOADS
 from .engine import alone
-from .presets import ROOT, resolve
+from .presets import ROOT, Missing, resolve
 from .run import literal, write_json
 from .sampling import (
     SUFFIXES,
     Pipeline,
     Sampling,
     draw,
+    drawing_dtype,
     load_lora,
     load_pipeline,
     load_unet,
@@ -43,6 +46,7 @@ from .sampling import (
 )
 
 TEXT_COLUMNS, ID_COLUMNS = ("text", "prompt", "caption"), ("id", "file_name")
+FILES = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
 ID = re.compile(r"[\w+=-][\w.+=-]{0,149}")
 
 
@@ -72,33 +76,59 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
     """Prompts from a CSV file: text from the column text, prompt or caption, ids from id or file_name, or row numbers.
 
     COCO's metadata.csv is such a file; there COCO_val2014_000000000042.jpg is the picture of id
-    COCO_val2014_000000000042.
+    COCO_val2014_000000000042. Rows without a text are set aside, and counted in a line.
 
     Args:
-        num_images: the first so many; None takes all.
+        num_images: the first so many that have a text, and no row after them is looked at; None takes all.
 
     Raises:
+        Missing: COCO's captions, not fetched yet.
         ValueError: no such file, no such columns, no prompts, or ids that cannot name files; it names the rows.
     """
     path = Path(resolve(path))
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions come by "
-                         "python -m bksdm_utils.downloads coco_captions")  # fmt: skip
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or ()
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+    rows, columns = _table(path)
     text, name = (next((c for c in names if c in columns), None) for names in (TEXT_COLUMNS, ID_COLUMNS))
     if text is None:
         raise ValueError(f"{path} has the columns {', '.join(columns)}: expected one of {', '.join(TEXT_COLUMNS)}")
-    prompts = [
-        Prompt(Path(row[name] or "").with_suffix("").as_posix() if name else str(i), (row[text] or "").strip())
-        for i, row in enumerate(rows)
-    ]
+    prompts, without = [], []
+    for i, row in enumerate(rows):
+        if len(prompts) == num_images:
+            break
+        told = Prompt(_id_of(row, name) if name else str(i), (row[text] or "").strip())
+        if not told.text:
+            without.append(i + 1)
+        elif not told.id:
+            raise ValueError(f"{path}, row {i + 1}: {name} is empty. Give every row an id, or leave the column out")
+        else:
+            prompts.append(told)
+    if without:
+        print(f"{path.name}: {len(without)} rows without a text set aside, such as row {without[0]}")
     check_prompts(prompts, str(path))
-    return prompts[:num_images]
+    return prompts
+
+
+def not_here(path: Path) -> type[ValueError]:
+    """What to raise for a file that is not there: `Missing` for one of `DOWNLOADS`; any other was mistyped."""
+    return Missing if ROOT / path in {ROOT / download.path for download in DOWNLOADS.values()} else ValueError
+
+
+def _table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
+    """The rows of a CSV file, and the names of its columns."""
+    if not path.is_file():
+        raise not_here(path)(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions come "
+                             "by python -m bksdm_utils.downloads coco_captions")  # fmt: skip
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            reader = csv.DictReader(file)
+            return list(reader), reader.fieldnames or ()
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+
+
+def _id_of(row: Mapping[str, str], column: str) -> str:
+    """The id that a row gives; only a file name has a suffix to lose, so that 1.5 and 1.7 stay two."""
+    told = (row[column] or "").strip()
+    return FILES.sub("", told) if column == "file_name" else told
 
 
 def check_prompts(prompts: Sequence[Prompt], source: str = "prompts") -> None:
@@ -159,21 +189,26 @@ def sample(
     """
     check_prompts(prompts)
     state = PartialState(cpu=pipeline.device.type == "cpu")
-    with alone(folder):
+    # In several processes the others would wait in vain for the main one, and NCCL would end them.
+    with alone(folder, wait=state.num_processes == 1):
         _claim(folder, {"model": model or model_hash(pipeline), **_fixed(sampling)}, state.is_main_process)
         state.wait_for_everyone()
         have = whole_pictures(folder)
-        _check_same_prompts(folder, prompts, have, sampling.seed)
-        share = prompts[state.process_index :: state.num_processes]
-        missing = [prompt for prompt in share if prompt.id not in have]
-        yield Progress(len(share) - len(missing), len(share))
-        yield from _fill(pipeline, missing, folder, sampling, len(share))
+        check_same_prompts(folder, prompts, have)
+        state.wait_for_everyone()  # all have read the same before any writes
+        missing = [prompt for prompt in prompts if prompt.id not in have]
+        there, total = len(prompts) - len(missing), len(prompts)
+        yield Progress(there, total)
+        # Of what is missing: a share of all prompts might be there already, and its process wait till NCCL ends it.
+        share = missing[state.process_index :: state.num_processes]
+        for done, newest in _fill(pipeline, share, folder, sampling):
+            yield Progress(min(total, there + done * state.num_processes), total, newest)
 
 
 def _fill(
-    pipeline: Pipeline, missing: Sequence[Prompt], folder: Path, sampling: Sampling, total: int
-) -> Iterator[Progress]:
-    """Draws `missing`, the last of `total`, into the folder."""
+    pipeline: Pipeline, missing: Sequence[Prompt], folder: Path, sampling: Sampling
+) -> Iterator[tuple[int, tuple[tuple[Prompt, Image.Image], ...]]]:
+    """Draws `missing` into the folder; yields after every pass how many are done, and the newest."""
     seeds, done = [picture_seed(sampling.seed, p.id) for p in missing], 0
     with _manifest(folder / f"manifest-{PartialState().process_index}.jsonl") as manifest:
         for pictures in draw(pipeline, [p.text for p in missing], seeds, sampling):
@@ -184,8 +219,7 @@ def _fill(
                 manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
             manifest.flush()
             done += len(pictures)
-            newest = tuple(zip((missing[i] for i in new), pictures, strict=True))
-            yield Progress(total - len(missing) + done, total, newest)
+            yield done, tuple(zip((missing[i] for i in new), pictures, strict=True))
 
 
 def _fixed(sampling: Sampling) -> dict:
@@ -253,7 +287,7 @@ def read_manifest(folder: Path) -> list[Drawn]:
 
 def whole_pictures(folder: Path) -> dict[str, Drawn]:
     """The pictures of a folder that are what its manifest says, by id."""
-    image_format = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))["image_format"]
+    image_format = _image_format(folder)
 
     def whole(drawn: Drawn) -> bool:
         try:
@@ -267,11 +301,22 @@ def whole_pictures(folder: Path) -> dict[str, Drawn]:
 
 def picture_path(folder: Path, id: str) -> Path:
     """Where the picture of an id stands."""
-    image_format = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))["image_format"]
-    return _path(folder, id, image_format)
+    return _path(folder, id, _image_format(folder))
 
 
-def _check_same_prompts(folder: Path, prompts: Sequence[Prompt], have: Mapping[str, Drawn], seed: int) -> None:
+def _image_format(folder: Path) -> str:
+    path = folder / "sampling.json"
+    return _read_image_format(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _read_image_format(path: Path, written: int) -> str:
+    """Asked for with every picture; `written`, the file's time, tells a folder that was made anew."""
+    return json.loads(path.read_text(encoding="utf-8"))["image_format"]
+
+
+def check_same_prompts(folder: Path, prompts: Sequence[Prompt], have: Mapping[str, Drawn]) -> None:
+    """Raises ValueError where a picture that the folder has was drawn from another text than its prompt's."""
     for prompt in prompts:
         drawn = have.get(prompt.id)
         if drawn is not None and drawn.text != prompt.text:
@@ -308,7 +353,7 @@ class Job:
 
     def load(self, device: str) -> Pipeline:
         """The pipeline that the job is about; a GPU's has half precision."""
-        pipeline = load_pipeline(self.teacher, device, torch.float16 if device == "cuda" else torch.float32)
+        pipeline = load_pipeline(self.teacher, device, drawing_dtype(device))
         if self.unet is not None:
             pipeline = with_unet(pipeline, load_unet(self.unet, pipeline))
         return load_lora(pipeline, self.lora) if self.lora is not None else pipeline
@@ -328,6 +373,9 @@ def sample_in_processes(
     Raises:
         RuntimeError: they ended early; their last words are in the message.
     """
+    if not processes.running(folder):
+        with alone(folder, wait=True):  # another kernel's run may be filling it
+            pass
     write_job(folder, job, sampling)
     processes.launch(folder, num_processes, "bksdm_utils.pictures")
     for _ in processes.follow(folder):

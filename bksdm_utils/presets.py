@@ -9,6 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Missing(ValueError):
+    """Weights or data that are not on this machine; the message says how to get them."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """A teacher, and how its students are trained and judged.

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .presets import PRESETS, ROOT, Preset, find_preset
+from .presets import PRESETS, ROOT, Missing, Preset, find_preset
 
 if TYPE_CHECKING:  # importing it for real takes seconds that the command line need not wait for
     from .surgery import RemovalPlan
@@ -108,10 +108,13 @@ class Run:
         print(f"{self.notebook} done in {seconds:.0f} s: {key_figure}\nresult: {_relative(self.dir / 'result.json')}")
 
     def or_skip(self, make: Callable, *arguments, **named) -> object | None:
-        """`make(…)`, or None and a line that says why: a preset that was never run here may lack weights or data."""
+        """`make(…)`, or None and a line that says why: a preset that was never run here may lack weights or data.
+
+        What is there and wrong is an error with every preset.
+        """
         try:
             return make(*arguments, **named)
-        except ValueError as error:
+        except Missing as error:
             if self.preset.measured:
                 raise
             print(f"What needs this is skipped: {error}")

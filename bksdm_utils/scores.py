@@ -7,6 +7,7 @@ is an error that names the file, where it was looked for, and the command that f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ except ImportError:
 
 from . import storybook
 from .downloads import DOWNLOADS
-from .presets import ROOT, Preset, resolve
+from .presets import ROOT, Missing, Preset, resolve
 from .sampling import Pipeline, generate, tensors_hash
 from .storybook import Scene
 
@@ -68,19 +69,20 @@ class ClipJudge:
         place: a transformers CLIPModel folder, or the hub id of one that has been fetched.
 
     Raises:
-        ValueError: there is none; it says where it was looked for and how to get it.
+        Missing: a hub id that has not been fetched; it says where it was looked for and how to get it.
+        ValueError: there is no such folder, or it is no CLIP.
     """
 
     def __init__(self, place: str | Path, device: str | torch.device = "cpu"):
         place = resolve(place)
         try:
-            self.model = CLIPModel.from_pretrained(place, local_files_only=True).to(device).eval()
+            self.model = CLIPModel.from_pretrained(place, local_files_only=True).float().to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
             self.processor = CLIPImageProcessor.from_pretrained(place, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"no CLIP at {place!r}: looked for a folder, and in the hub's cache on this machine "
-                             f"({reason}). With a network: hf download {place}") from error  # fmt: skip
+            raise _not_here(place)(f"no CLIP at {place!r}: looked for a folder, and in the hub's cache on this machine "
+                                   f"({reason}). With a network: hf download {place}") from error  # fmt: skip
 
     @cached_property
     def key(self) -> str:
@@ -147,7 +149,7 @@ def inception_pytorch(device: str = "cpu") -> Network:
     """pytorch-fid's Inception, 2,048 features, bilinear resizing: the paper's FID (clean-fid's legacy_pytorch).
 
     Raises:
-        ValueError: its weights are not on this machine.
+        Missing: its weights are not on this machine.
     """
     from cleanfid.inception_pytorch import InceptionV3
     from cleanfid.resize import build_resizer
@@ -165,7 +167,7 @@ def inception_clean(device: str = "cpu") -> Network:
     """clean-fid's Inception, 2,048 features, antialiased bicubic resizing (arXiv 2104.11222).
 
     Raises:
-        ValueError: its weights are not on this machine.
+        Missing: its weights are not on this machine.
     """
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
@@ -181,7 +183,7 @@ def inception_classes(device: str = "cpu") -> Network:
     """torch-fidelity's Inception, 1,008 unbiased logits: the paper's Inception score.
 
     Raises:
-        ValueError: its weights are not on this machine.
+        Missing: its weights are not on this machine.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -200,7 +202,8 @@ def dino(device: str = "cpu", place: str = "facebook/dino-vits16") -> Network:
     """DINO's ViT-S/16 (arXiv 2104.14294): the class token, 384 features; how alike two pictures of one subject are.
 
     Raises:
-        ValueError: it is not on this machine.
+        Missing: it is not on this machine.
+        ValueError: `place` is a folder, and no DINO.
     """
     from torchvision import transforms
     from transformers import ViTModel
@@ -208,9 +211,9 @@ def dino(device: str = "cpu", place: str = "facebook/dino-vits16") -> Network:
     try:
         model = ViTModel.from_pretrained(resolve(place), add_pooling_layer=False, local_files_only=True)
     except Exception as error:  # as for CLIP
-        raise ValueError(f"no DINO at {place!r}: looked for a folder, and in the hub's cache on this machine. With a "
-                         f"network: hf download {place}") from error  # fmt: skip
-    model.to(device).eval()
+        raise _not_here(place)(f"no DINO at {place!r}: looked for a folder, and in the hub's cache on this machine. "
+                               f"With a network: hf download {place}") from error  # fmt: skip
+    model.float().to(device).eval()  # a checkpoint in half precision would be loaded as such
     bicubic = transforms.InterpolationMode.BICUBIC
     prepare = transforms.Compose([
         lambda picture: picture.convert("RGB"), transforms.Resize(256, bicubic), transforms.CenterCrop(224),
@@ -220,19 +223,24 @@ def dino(device: str = "cpu", place: str = "facebook/dino-vits16") -> Network:
                    lambda pixels: model(pixels.to(device)).last_hidden_state[:, 0])  # fmt: skip
 
 
+def _not_here(place: str) -> type[ValueError]:
+    """`Missing` for a hub id, which may not have been fetched; a path was mistyped, a folder holds something else."""
+    return Missing if re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not Path(resolve(place)).exists() else ValueError
+
+
 def find_weights(name: str) -> Path:
     """The file of a network's weights, of `downloads.DOWNLOADS`.
 
     Raises:
-        ValueError: it is not there; it says where it was looked for and how to get it.
+        Missing: it is not there; it says where it was looked for and how to get it.
     """
     path = ROOT / DOWNLOADS[name].path
     hub = Path(torch.hub.get_dir()) / "checkpoints" / path.name
     for place in (path, hub):
         if place.is_file():
             return place
-    raise ValueError(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
-                     f"python -m bksdm_utils.downloads {name}")  # fmt: skip
+    raise Missing(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
+                  f"python -m bksdm_utils.downloads {name}")  # fmt: skip
 
 
 @contextmanager

@@ -156,14 +156,17 @@ class Gallery:
     """The newest pictures of a folder that is being filled: drawn again, and said in a line, every `every` seconds."""
 
     def __init__(self, every: float = 10.0):
-        self.every, self.said, self.handle = every, time.monotonic(), None
+        self.every, self.said, self.handle, self.begun = every, time.monotonic(), None, {}
 
     def update(self, name: str, progress: Progress) -> None:
         """Call it after every pass; most calls return at once."""
+        since, before = self.begun.setdefault(name, (time.monotonic(), progress.done))
         if time.monotonic() - self.said < self.every:
             return
         self.said = time.monotonic()
-        print(f"{name}: {progress.done:,} of {progress.total:,} pictures", flush=True)
+        drawn, left = progress.done - before, progress.total - progress.done
+        estimate = f", {_duration(left * (self.said - since) / drawn)} left" if drawn and left else ""
+        print(f"{name}: {progress.done:,} of {progress.total:,} pictures{estimate}", flush=True)
         if progress.newest:
             from IPython.display import display
 
@@ -173,6 +176,13 @@ class Gallery:
             if self.handle is not None:  # None outside a notebook
                 self.handle.update(figure)
             plt.close(figure)
+
+
+def _duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3.2 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}

@@ -153,10 +153,11 @@ def test_without_weights_or_subject_dreambooth_says_what_is_missing(tmp_path):
 def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pictures):
     teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
     build_student(teacher, "bk_tiny").save_pretrained(tmp_path / "student")
-    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_tiny",
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_tiny", "prompt": "a fish",
            "student": str(tmp_path / "student"), "train_data_dir": str(pictures), "resolution": 64, "batch_size": 2,
-           "num_inference_steps": 4, "lcm_steps": 2, "few_steps": "1,4", "num_images": 2, "picture": str(pictures / "1.png"), "clip": "data/storybook/clip",
-           "formats": "diffusers,single_file", "prompt": "a fish"}  # fmt: skip
+           "num_inference_steps": 4, "lcm_steps": 2, "few_steps": "1,4", "num_images": 2,
+           "picture": str(pictures / "1.png"), "clip": "data/storybook/clip",
+           "formats": "diffusers,single_file"}  # fmt: skip
     metrics = run_notebook("06", tmp_path / "played", **own)["metrics"]
     assert set(metrics["megabytes"]) == {"diffusers", "single_file"} and metrics["difference"]["diffusers"] == 0
     assert {"bk_tiny, DPM-Solver++, 1 steps", "bk_tiny, few-step, 4 steps"} <= set(metrics["few_steps"])

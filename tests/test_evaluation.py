@@ -1,5 +1,6 @@
 import io
 import json
+import time
 import tracemalloc
 import zipfile
 
@@ -8,11 +9,32 @@ import pytest
 import torch
 from PIL import Image
 
-from bksdm_utils import evaluation, storybook
-from bksdm_utils.evaluation import Evaluator, Rows, as_paper, compute, distance_to, real_pictures
-from bksdm_utils.pictures import Prompt, picture_path, sample, storybook_prompts
-from bksdm_utils.presets import ROOT
-from bksdm_utils.run import write_json
+from bksdm_utils import evaluation, pictures, presets, scores, storybook
+from bksdm_utils.data import in_threads
+from bksdm_utils.dreambooth import load_subject
+from bksdm_utils.evaluation import (
+    Evaluator,
+    Protocol,
+    Rows,
+    as_paper,
+    as_stored,
+    by_short_name,
+    compute,
+    distance_to,
+    real_pictures,
+)
+from bksdm_utils.pictures import (
+    Prompt,
+    _fixed,
+    picture_path,
+    read_manifest,
+    read_prompts,
+    sample,
+    storybook_prompts,
+    whole_pictures,
+)
+from bksdm_utils.presets import PRESETS, ROOT, Missing, find_preset
+from bksdm_utils.run import Run, write_json
 from bksdm_utils.sampling import Sampling, load_pipeline
 from bksdm_utils.scores import ClipJudge, Network, Score, Statistics, clip_score, fid
 
@@ -74,6 +96,42 @@ def test_scores_are_of_these_pictures_or_computed_anew(evaluator, tmp_path, monk
     assert changed.key != more.key and changed.scores != more.scores and sum(looked_at) == 2
 
 
+def test_scores_do_not_depend_on_the_order_of_the_prompts(evaluator, tmp_path):
+    prompts = fill(tmp_path, renders(40))
+    first = evaluator.evaluate(tmp_path, prompts)
+    (tmp_path / "scores-storybook.json").unlink()
+    assert evaluator.evaluate(tmp_path, prompts[::-1]) == first
+    assert evaluator.fid_by_number(tmp_path, prompts[::-1], (30,)) == evaluator.fid_by_number(tmp_path, prompts, (30,))
+
+
+def test_scores_of_statistics_and_of_pictures_have_two_keys(evaluator, tmp_path):
+    prompts = fill(tmp_path / "drawn", renders(20))
+    evaluator.real.save(tmp_path / "real.npz")
+    numbers_only = Evaluator("storybook", tmp_path / "real.npz", cache_dir=tmp_path)
+    ours, theirs = (e.evaluate(tmp_path / "drawn", prompts) for e in (evaluator, numbers_only))
+    assert ours.key != theirs.key and "kid" in ours.scores and "kid" not in theirs.scores
+    assert ours.scores["fid"] == theirs.scores["fid"]
+
+
+def test_another_version_computes_anew(evaluator, tmp_path, monkeypatch):
+    prompts = fill(tmp_path, renders(20))
+    before = evaluator.evaluate(tmp_path, prompts).key
+    kept = set(tmp_path.glob("rows-*"))
+    monkeypatch.setattr(evaluation, "VERSION", 999)
+    assert evaluator.evaluate(tmp_path, prompts).key != before
+    assert len(set(tmp_path.glob("rows-*")) - kept) == len(kept) == 2
+
+
+def test_other_captions_under_the_same_ids_are_refused(evaluator, tmp_path):
+    prompts = fill(tmp_path, renders(20))
+    evaluator.evaluate(tmp_path, prompts)
+    other = [*prompts[:7], Prompt(prompts[7].id, "a green dog"), *prompts[8:]]
+    with pytest.raises(ValueError, match="test-7 of .*now it is 'a green dog'"):
+        evaluator.evaluate(tmp_path, other)
+    with pytest.raises(ValueError, match="now it is 'a green dog'"):
+        distance_to(tmp_path, tmp_path, other)
+
+
 def test_missing_and_damaged_pictures_are_set_aside_and_counted(evaluator, tmp_path):
     prompts = fill(tmp_path, renders(30), image_format="jpeg")
     picture_path(tmp_path, "test-4").unlink()
@@ -82,6 +140,10 @@ def test_missing_and_damaged_pictures_are_set_aside_and_counted(evaluator, tmp_p
     found = evaluator.evaluate(tmp_path, prompts)
     assert found.num_images == 28 and [id for id, _ in found.skipped] == ["test-4", "test-9"]
     assert "draw the folder again" in found.skipped[0][1]
+    assert evaluator.evaluate(tmp_path, prompts) == found
+    fewer = [prompt for prompt in prompts if prompt.id != "test-9"]  # the same scores, another list
+    again = evaluator.evaluate(tmp_path, fewer)
+    assert again.key == found.key and [id for id, _ in again.skipped] == ["test-4"]
     with pytest.raises(ValueError, match="scores need 20"):
         evaluator.evaluate(tmp_path, prompts[:15])
 
@@ -133,13 +195,37 @@ def test_real_pictures_come_from_folders_and_zips(tmp_path):
         for path in (tmp_path / "val2014").iterdir():
             archive.write(path, f"val2014/{path.name}")
     for place in (tmp_path / "val2014", tmp_path / "val2014.zip"):
-        found = real_pictures(place)
-        assert len(found) == 3 and {np.asarray(open_()).shape for open_ in found.values()} == {(64, 64, 3)}
-    with pytest.raises(ValueError, match="coco_statistics"):
-        real_pictures(tmp_path / "nowhere")
+        with real_pictures(place) as found:
+            opened = list(in_threads(lambda open_: np.asarray(open_()).shape, list(found.values()) * 20))
+        assert len(found) == 3 and set(opened) == {(64, 64, 3)}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
-        real_pictures(tmp_path / "empty")
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    (tmp_path / "text.zip").write_text("no archive")
+    whole = (tmp_path / "val2014.zip").read_bytes()
+    (tmp_path / "broken.zip").write_bytes(whole.replace(b"PK\x01\x02", b"PK\x00\x02", 1))
+    for place, fault in (("nowhere", "coco_statistics"), ("nowhere.zip", "coco_statistics"),
+                         ("empty", "holds no pictures"), ("empty.zip", "holds no pictures"),
+                         ("text.zip", "cannot be read"), ("broken.zip", "cannot be read")):  # fmt: skip
+        with pytest.raises(ValueError, match=fault), real_pictures(tmp_path / place):
+            pass
+
+
+def test_an_archive_of_real_pictures_is_opened_once(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
+        for i in range(30):
+            file = io.BytesIO()
+            storybook.render(storybook.sample_scene(i), i).save(file, "PNG")
+            archive.writestr(f"{i}.png", file.getvalue())
+    opened = []
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            opened.append(self)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Counted)
+    found = Evaluator("storybook", real=tmp_path / "real.zip", cache_dir=tmp_path / "cache")
+    assert len(found.real_rows) == 30 and len(opened) == 1 and opened[0].fp is None  # and it is closed
 
 
 def test_statistics_of_another_network_are_refused(tmp_path):
@@ -153,14 +239,75 @@ def test_statistics_of_another_network_are_refused(tmp_path):
         Evaluator("papre")
 
 
-def test_networks_that_are_not_here_are_named_with_the_command(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="hf download laion/CLIP-ViT-g-14"):
+@pytest.fixture
+def nothing_fetched(monkeypatch, tmp_path):
+    """Whoever has fetched weights finds none of them here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+    for module in (presets, pictures, scores):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_networks_that_are_not_here_are_named_with_the_command(nothing_fetched):
+    with pytest.raises(Missing, match="hf download laion/CLIP-ViT-g-14"):
         Evaluator("paper")
     clip = str(ROOT / "data" / "storybook" / "clip")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for protocol, name in (("paper", "inception_pytorch_fid"), ("clean", "inception_clean_fid")):
-        with pytest.raises(ValueError, match=f"downloads {name}"):
+        with pytest.raises(Missing, match=f"downloads {name}"):
             Evaluator(protocol, clip=clip)
+    with pytest.raises(Missing, match="hf download facebook/dino"):
+        scores.dino()
+    with pytest.raises(Missing, match="coco_captions"):
+        read_prompts(PRESETS["sd-v1.4"].prompts)
+    with pytest.raises(Missing, match="coco_statistics"):
+        Evaluator("storybook", real=PRESETS["sd-v1.4"].real, clip=clip)
+
+
+def test_what_was_mistyped_is_not_taken_for_missing(tmp_path):
+    for told in ({"real": tmp_path / "tpyo.npz"}, {"real": "data/tpyo.zip"}, {"clip": str(tmp_path / "clpi")}):
+        with pytest.raises(ValueError, match="missing|no CLIP") as found:
+            Evaluator("storybook", cache_dir=tmp_path, **told)
+        assert not isinstance(found.value, Missing)
+    (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
+    for subject, dataset, kind in (("dog", tmp_path / "nowhere", Missing), ("dgo", tmp_path, ValueError),
+                                   ("my/dgo", tmp_path / "nowhere", ValueError)):  # fmt: skip
+        with pytest.raises(ValueError, match="no subject") as found:
+            load_subject(subject, dataset=dataset)
+        assert type(found.value) is kind
+
+
+def test_only_what_is_missing_is_skipped_and_only_where_it_may_be(tmp_path, capsys):
+    def run(preset):
+        return Run("04", find_preset(preset), None, None, 0, "cpu", tmp_path, {}, {}, False)
+
+    def fails(error):
+        raise error
+
+    assert run("sd-v1.4").or_skip(fails, Missing("no weights")) is None
+    assert "skipped: no weights" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="two columns"):
+        run("sd-v1.4").or_skip(fails, ValueError("two columns"))
+    with pytest.raises(Missing):
+        run("storybook").or_skip(fails, Missing("no weights"))
+
+
+def test_students_of_like_paths_keep_names_of_their_own():
+    places = ["runs/a/unet", "/other/a/unet", "runs/b/unet", "runs/a/../a/unet/", "user/model"]
+    named = by_short_name(places)
+    assert set(named.values()) == {"/other/a/unet", "runs/b/unet", "runs/a/../a/unet/", "user/model"}
+    assert list(by_short_name(["runs/a/unet", "user/model"])) == ["a/unet", "user/model"]
+
+
+def test_long_work_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    network = Network("tiny", "0", 1, lambda x: torch.tensor([float(x)]), lambda x: x)
+    compute(Rows(tmp_path / "short", 1), network, {"a": lambda: 1})
+    assert capsys.readouterr().out == ""
+    plain = evaluation.tqdm
+    monkeypatch.setattr(evaluation, "tqdm", lambda **told: plain(**told | {"delay": 0, "mininterval": 0}))
+    compute(Rows(tmp_path / "long", 1), network, {str(i): (lambda i=i: i) for i in range(200)})
+    told = capsys.readouterr()
+    assert "200/200" in told.out and "tiny" in told.out and told.err == ""
 
 
 def test_a_kill_between_rows_and_index_costs_a_block(tmp_path):
@@ -198,6 +345,52 @@ def test_thirty_thousand_pictures_stay_flat_in_memory(tmp_path):
     assert np.allclose(statistics.mean, rows.all().mean(0, np.float64))
     assert np.allclose(statistics.covariance, np.cov(rows.all(), rowvar=False))
     assert fid(statistics, Statistics.of(rows.all(), np.arange(count // 2))) < 0.01
+
+
+class TinyJudge:
+    """A CLIP of a few operations."""
+
+    key = "tiny"
+
+    def __init__(self, *_):
+        grey = lambda picture: torch.from_numpy(np.array(picture)).float().flatten()[:8]  # noqa: E731
+        letters = lambda text: torch.tensor([float(ord(letter)) for letter in text[-8:].rjust(8)])  # noqa: E731
+        self.pictures = Network("tiny", "0", 8, grey, lambda x: x)
+        self.captions = Network("tiny_text", "0", 8, letters, lambda x: x)
+        self.embed = lambda rows: torch.nn.functional.normalize(rows, dim=-1)
+
+
+def seconds_of_folders(folder, count, pipeline):
+    """What each thing that looks at a whole folder takes of the processor; other work beside it counts not."""
+    chance = np.random.default_rng(0)
+    pixels = chance.integers(0, 255, (count, 4, 4, 3), np.uint8)
+    prompts = fill(folder, {f"p{i}": (f"caption {i}", Image.fromarray(pixels[i])) for i in range(count)})
+    told = Sampling(num_inference_steps=4)
+    write_json(folder / "sampling.json", _fixed(told) | {"model": "m"})
+    evaluator, tools = Evaluator("tiny", folder.parent / "real.npz"), {
+        "manifest": lambda: read_manifest(folder), "whole": lambda: whole_pictures(folder),
+        "resume": lambda: list(sample(pipeline, prompts, folder, told, "m")),
+        "evaluate": lambda: evaluator.evaluate(folder, prompts),
+        "evaluate again": lambda: evaluator.evaluate(folder, prompts),
+    }  # fmt: skip
+    taken = {}
+    for name, tool in tools.items():
+        start = time.process_time()
+        assert tool()
+        taken[name] = time.process_time() - start
+    return taken
+
+
+def test_folders_cost_time_in_proportion_to_their_pictures(tmp_path, pipeline_dir, monkeypatch):
+    classes = Network("classes", "0", 8, lambda x: torch.from_numpy(np.array(x)).float().flatten()[-8:], lambda x: x)
+    tiny = Protocol("tiny", as_stored, "tiny", classes=lambda _: classes)
+    monkeypatch.setitem(evaluation.PROTOCOLS, "tiny", tiny)
+    monkeypatch.setattr(evaluation, "ClipJudge", TinyJudge)
+    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "real.npz")
+    pipeline = load_pipeline(pipeline_dir)
+    seconds_of_folders(tmp_path / "first", 100, pipeline)  # imports and the like
+    few, many = (seconds_of_folders(tmp_path / str(count), count, pipeline) for count in (1000, 15_000))
+    assert all(many[name] < 2.5 * 15 * few[name] + 0.5 for name in few), (few, many)
 
 
 def test_broken_real_pictures_are_set_aside(tmp_path, capsys):

@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bksdm_utils import pictures, processes
+from bksdm_utils import pictures, processes, show
 from bksdm_utils.pictures import (
     Job,
+    Progress,
     Prompt,
     check_prompts,
     picture_path,
@@ -23,7 +26,7 @@ from bksdm_utils.pictures import (
     whole_pictures,
     write_job,
 )
-from bksdm_utils.presets import ROOT
+from bksdm_utils.presets import ROOT, Missing
 from bksdm_utils.sampling import Sampling, load_lora, load_pipeline, load_unet, picture_seed, with_scheduler, with_unet
 from bksdm_utils.storybook import sample_scene
 from bksdm_utils.surgery import build_student
@@ -84,6 +87,42 @@ def test_killed_twenty_times_or_in_two_processes_the_pictures_are_the_same(pipel
     assert list(processes.follow(tmp_path / "two", every=0.2))
     assert len(list((tmp_path / "two").glob("manifest-*.jsonl"))) == 2
     assert bits(tmp_path / "killed") == bits(tmp_path / "unbroken") == bits(tmp_path / "two")
+
+
+def test_what_is_left_is_shared_evenly(pipeline_dir, tmp_path):
+    job, prompts = Job(teacher=str(pipeline_dir), num_images=48), storybook_prompts(48)
+    run(load_pipeline(pipeline_dir), prompts, tmp_path)
+    before = bits(tmp_path)
+    lost = prompts[::2]  # all of one process's share, if all prompts were shared
+    for prompt in lost:
+        picture_path(tmp_path, prompt.id).unlink()
+    (tmp_path / "manifest-0.jsonl").rename(tmp_path / "manifest-9.jsonl")
+    write_job(tmp_path, job, FAST)
+    processes.launch(tmp_path, 2, "bksdm_utils.pictures")
+    assert list(processes.follow(tmp_path, every=0.2))
+    assert bits(tmp_path) == before
+    for rank in range(2):
+        lines = (tmp_path / f"manifest-{rank}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == [prompt.id for prompt in lost[rank::2]]
+
+
+def test_a_folder_that_another_run_fills_is_waited_for(pipeline, tmp_path, capsys):
+    script = "import sys, time; from pathlib import Path; from bksdm_utils.engine import alone\n"
+    script += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(2)"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    assert run(pipeline, storybook_prompts(1), tmp_path)[-1].done == 1 and other.wait() == 0
+    assert capsys.readouterr().out.count(f"another run writes to {tmp_path}: waiting for it") == 1
+
+
+def test_the_gallery_says_how_long_it_still_takes(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    gallery = show.Gallery()
+    for now[0], done in ((0, 200), (60, 260), (120, 1000)):  # 200 were there, so a minute drew 60
+        gallery.update("teacher", Progress(done, 1000))
+    assert capsys.readouterr().out.splitlines() == [
+        "teacher: 260 of 1,000 pictures, 12 min left", "teacher: 1,000 of 1,000 pictures"]  # fmt: skip
 
 
 def test_the_manifest_says_what_each_picture_is(pipeline, tmp_path):
@@ -150,12 +189,38 @@ def test_prompts_are_read_as_coco_and_others_write_them(tmp_path):
     assert read_prompts(plain, 1) == [Prompt("0", "köttbullar 🍝")]
 
 
+def test_only_file_names_lose_their_suffix(tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text("id,text\n1.5,one\n1.7,two\nx.jpg,three\n")
+    assert [prompt.id for prompt in read_prompts(file)] == ["1.5", "1.7", "x.jpg"]
+    file.write_text("file_name,text\na.JPEG,one\n1.5,two\nb.c.webp,three\n")
+    assert [prompt.id for prompt in read_prompts(file)] == ["a", "1.5", "b.c"]
+
+
+def test_rows_without_a_text_are_set_aside_and_counted(tmp_path, capsys):
+    file = tmp_path / "prompts.csv"
+    file.write_text("id,text\na,one\nb,\nc,  \nd,four\n,\n")
+    assert [prompt.id for prompt in read_prompts(file, 2)] == ["a", "d"]
+    assert "prompts.csv: 2 rows without a text set aside, such as row 2" in capsys.readouterr().out
+    read_prompts(file)
+    assert "3 rows without a text set aside" in capsys.readouterr().out
+    file.write_text("id,text\na,one\nb,two\n../c,\n../d,four\n")
+    assert [prompt.id for prompt in read_prompts(file, 2)] == ["a", "b"]  # what comes after them is no matter
+    assert capsys.readouterr().out == ""
+    file.write_text('text\none\n""\nthree\n')
+    assert [prompt.id for prompt in read_prompts(file)] == ["0", "2"]  # a row's number stays its own
+
+
 def test_bad_prompt_files_are_explained(tmp_path):
     file = tmp_path / "prompts.csv"
-    with pytest.raises(ValueError, match="coco_captions"):
+    with pytest.raises(ValueError, match="coco_captions") as mistyped:
         read_prompts(file)
+    assert not isinstance(mistyped.value, Missing)
     for content, fault in (("", "has the columns"), ("text\n", "no prompts"), ("a,b\n1,2\n", "expected one of text"),
-                           ("text,id\n,a\n", "no text"), ("text,id\nx,a\ny,a\n", "an id twice"),
+                           ("text,id\n,a\n", "no prompts"), ("text,id\nx,a\ny,a\n", "an id twice"),
+                           ("text,id\nx,a/\n", "cannot name a file"), ("text,file_name\nx,a/\n", "cannot name"),
+                           ("text,id\nx,a\ny,\n", "prompts.csv, row 2: id is empty"),
+                           ("text,file_name\nx,.jpg\n", "row 1: file_name is empty"),
                            ("text,id\nx,../../etc\n", "cannot name a file")):  # fmt: skip
         file.write_text(content)
         with pytest.raises(ValueError, match=fault):
@@ -207,6 +272,8 @@ def test_models_that_do_not_fit_are_explained(pipeline, pipeline_dir, teacher, t
         load_lora(load_pipeline(pipeline_dir), tmp_path)
     with pytest.raises(ValueError, match="unknown scheduler 'heun'"):
         with_scheduler(pipeline, "heun")
-    for wrong in ({"num_inference_steps": 3}, {"size": 60}, {"image_format": "gif"}, {"batch_size": 0}):
+    for wrong in ({"num_inference_steps": 0}, {"size": 60}, {"image_format": "gif"}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="expected"):
             Sampling(**wrong)
+    with pytest.raises(ValueError, match="4 or more, as PNDM needs"):
+        run(pipeline, storybook_prompts(1), tmp_path / "few", Sampling(num_inference_steps=3))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPModel, ViTConfig, ViTModel
 
 from bksdm_utils import storybook
-from bksdm_utils.presets import ROOT, find_preset
+from bksdm_utils.presets import ROOT, Missing, find_preset
 from bksdm_utils.sampling import load_pipeline, with_unet
-from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, fid, zero_shot_accuracy
+from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, dino, fid, zero_shot_accuracy
 from bksdm_utils.surgery import build_student
 
 STORYBOOK = ROOT / "data" / "storybook"
@@ -56,6 +57,26 @@ def test_accuracy_needs_pictures_of_one_thing(judge, real):
     pair = next(s for s in map(storybook.sample_scene, range(50)) if len(s.things) == 2)
     with pytest.raises(ValueError, match="no picture of a single object"):
         zero_shot_accuracy(judge, real[1][:1], [pair])
+
+
+def test_judges_saved_in_half_precision_judge_in_full(judge, real, tmp_path):
+    for part in (CLIPModel.from_pretrained(STORYBOOK / "clip").half(), judge.tokenizer, judge.processor):
+        part.save_pretrained(tmp_path / "clip")
+    half = ClipJudge(tmp_path / "clip")
+    captions = [scene.caption for scene in real[0][:8]]
+    assert clip_score(half, real[1][:8], captions) == pytest.approx(clip_score(judge, real[1][:8], captions), abs=1e-2)
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ViTModel(config).half().save_pretrained(tmp_path / "dino")
+    network = dino(place=str(tmp_path / "dino"))
+    assert network(real[1][:2]).dtype is torch.float32 and network(real[1][:2]).shape == (2, 8)
+
+
+def test_a_broken_judge_is_not_taken_for_a_missing_one(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    for make in (ClipJudge, lambda place: dino(place=place)):
+        with pytest.raises(ValueError, match="looked for a folder") as found:
+            make(str(tmp_path))
+        assert not isinstance(found.value, Missing)
 
 
 def test_without_a_judge_nothing_is_scored():

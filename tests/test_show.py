@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from conftest import NARROW, NARROW_XL
@@ -129,3 +130,41 @@ def test_a_finished_run_that_is_resumed_can_still_draw_its_curves():
     live = show.Live(max_train_steps=1, goal={"clip_score": 0.5, "fid": 1.0})
     row = {"step": 1, "loss_task": 1.0, "loss_output": 1.0, "loss_feature": 1.0}
     assert live.draw([row], [{"step": 1, "clip_score": 0.2, "fid": 3.0}]).axes
+
+
+def test_controls_draw_again_and_say_what_is_wrong():
+    import ipywidgets as widgets
+
+    def draw(number, text):
+        if number > 5:
+            raise ValueError("too large: expected 5 or less")
+        figure, axis = plt.subplots()
+        axis.set_title(f"{number} {text}")
+        return figure
+
+    number, text = widgets.IntSlider(1, 0, 9), widgets.Text("x")
+    with widgets_shown() as displayed:
+        show.explore(draw, number, text)
+    shown = displayed[0].children[1]
+    first = shown.children[0].value
+    number.value = 2
+    second = shown.children[0].value
+    text.value = "y"
+    assert len({first, second, shown.children[0].value}) == 3
+    number.value = 7
+    assert "too large" in shown.children[0].value
+
+
+def test_menus_choose_rows_of_a_table():
+    table = pd.DataFrame({"preset": ["a", "a", "b"], "variant": ["x", "y", "x"], "score": [1.5, 2.5, 3.5]})
+    with widgets_shown() as displayed:
+        show.filtered(table, ["preset", "variant"])
+        show.filtered(table.iloc[:0], ["preset"])
+    controls, shown = displayed[0].children
+    preset, variant = controls.children
+    assert all(score in shown.children[0].value for score in ("1.5", "2.5", "3.5"))
+    preset.value = "a"
+    assert "2.5" in shown.children[0].value and "3.5" not in shown.children[0].value
+    variant.value = "x"
+    assert "1.5" in shown.children[0].value and "2.5" not in shown.children[0].value
+    assert displayed[1].children[0].children[0].options == ("all",)
