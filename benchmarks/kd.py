@@ -88,19 +88,14 @@ class Pictures(Dataset):
         return to_pixels(Image.open(self.paths[i]), self.resolution), self.ids[i]
 
 
-def plain(config: dict, device: str) -> Iterator[int]:
-    """The plain loop; yields the number of pictures of every step."""
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
-
-    settings = Preset(**config["resolved"])
+def _plain_networks(settings: Preset, device: str, dtype: torch.dtype) -> tuple:
+    """Pipeline and student with hooks that keep what is compared: (pipeline, student, pairs of taps, what was kept)."""
     pipe = load_pipeline(settings.teacher, device)
     student = surgery.build_student(pipe.unet, settings.variant)
     for unet in (pipe.unet, student):
         unet.to(memory_format=torch.contiguous_format)
     student.enable_gradient_checkpointing()
     student.train()
-    dtype = training.DTYPES[training.precision(settings, device)]
     pipe.to(dtype=dtype)
     kept = {"teacher": {}, "student": {}}
     pairs = distill.tap_pairs(settings.variant, pipe.unet.config)
@@ -108,6 +103,17 @@ def plain(config: dict, device: str) -> Iterator[int]:
         for pair in pairs:
             keep = lambda _m, _i, out, n=pair, w=which: kept[w].update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
             unet.get_submodule(pair[place]).register_forward_hook(keep)
+    return pipe, student, pairs, kept
+
+
+def plain(config: dict, device: str) -> Iterator[int]:
+    """The plain loop; yields the number of pictures of every step."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    settings = Preset(**config["resolved"])
+    dtype = training.DTYPES[training.precision(settings, device)]
+    pipe, student, pairs, kept = _plain_networks(settings, device, dtype)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
     ema = EMAModel(student.parameters(), decay=settings.ema_decay)

@@ -99,6 +99,46 @@ class Card:
     num_inference_steps: int = 25
 
 
+CARD = """\
+---
+{head}---
+
+# {title}
+
+A Stable Diffusion whose U-Net had blocks removed and was repaired by knowledge distillation, after BK-SDM
+([arXiv 2305.15798](https://arxiv.org/abs/2305.15798)).
+
+| | |
+|---|---|
+| removal plan | {plan} |
+| U-Net parameters | {num_parameters} |
+| teacher | {base_model} |
+| training data | {data} |
+| optimizer steps | {steps} |
+| licence | {licence} |
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe("…", guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images[0]
+```
+
+## Scores
+
+Protocol: {protocol}; pictures: {num_images}. Scores of other protocols or of another number of
+pictures are not comparable.
+
+| score | value |
+|---|---|
+{scores}
+## Limits
+
+A distilled student inherits what its teacher learned from its data, its biases and its licence's terms. It was not
+checked for safety; no safety checker is included.
+"""
+
+
 def model_card(card: Card) -> str:
     """A model card in Markdown, with the head that the Hugging Face hub reads."""
 
@@ -110,43 +150,8 @@ def model_card(card: Card) -> str:
         "license": card.licence or "other", "tags": ["stable-diffusion", "bk-sdm", "knowledge-distillation"],
     }, sort_keys=False)  # fmt: skip
     scores = "".join(f"| {name} | {value} |\n" for name, value in card.scores.items()) or "| not recorded | |\n"
-    return f"""---
-{head}---
-
-# {card.title}
-
-A Stable Diffusion whose U-Net had blocks removed and was repaired by knowledge distillation, after BK-SDM
-([arXiv 2305.15798](https://arxiv.org/abs/2305.15798)).
-
-| | |
-|---|---|
-| removal plan | {card.plan} |
-| U-Net parameters | {known(card.num_parameters)} |
-| teacher | {card.base_model} |
-| training data | {known(card.data)} |
-| optimizer steps | {known(card.steps)} |
-| licence | {known(card.licence)} |
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("…", guidance_scale={card.guidance_scale}, num_inference_steps={card.num_inference_steps}).images[0]
-```
-
-## Scores
-
-Protocol: {known(card.protocol)}; pictures: {known(card.num_images)}. Scores of other protocols or of another number of
-pictures are not comparable.
-
-| score | value |
-|---|---|
-{scores}
-## Limits
-
-A distilled student inherits what its teacher learned from its data, its biases and its licence's terms. It was not
-checked for safety; no safety checker is included.
-"""
+    told = {name: known(value) for name, value in vars(card).items()}
+    return CARD.format(head=head, **told | {"scores": scores})
 
 
 def save_diffusers(pipeline: StableDiffusionPipeline, folder: str | Path, card: Card) -> Path:
@@ -182,6 +187,7 @@ def _write_vocabulary(tokenizer, folder: Path) -> None:
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+PAIR = ("resnets", "attentions")
 VAE_PARTS = {"conv_norm_out": "norm_out", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
              "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
              "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut"}  # fmt: skip
@@ -271,9 +277,6 @@ def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
             after = 1 + hasattr(block, "attentions")
             places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
     return {_placed(name, places): tensor for name, tensor in unet.state_dict().items()}
-
-
-PAIR = ("resnets", "attentions")
 
 
 def _placed(name: str, places: Mapping[str, str]) -> str:
