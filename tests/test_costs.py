@@ -1,5 +1,7 @@
 """The published figures, exact, on the meta device; and that what is measured is measured rightly."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import NARROW, NARROW_XL
@@ -93,11 +95,13 @@ def test_latency_is_measured_in_turns_without_the_warm_up(compiled, monkeypatch)
     assert (timed["quick"].median, timed["slow"].median, timed["slow"].high) == (1.0, 3.0, 3.0)
 
 
-def test_blocks_are_timed_within_a_pass(teacher):
+def test_blocks_are_timed_one_after_another_and_never_one_within_another(teacher, monkeypatch):
+    readings = itertools.count()
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(readings)))  # goes on by 1 each time it is read
     blocks = costs.block_latency(teacher, repeats=2)
     assert {"down_blocks.0", "mid_block", "up_blocks.3", "conv_in"} <= set(blocks)
-    whole = costs.interleaved_latency({"all": teacher}, repeats=3)["all"].median
-    assert 0 < sum(t.median for t in blocks.values()) < 3 * whole
+    assert {(t.low, t.median, t.high) for t in blocks.values()} == {(1.0, 1.0, 1.0)}
+    assert next(readings) == 3 * (2 * len(blocks) + 2)  # three passes: each block's start and end, the pass's own
     assert not teacher.mid_block._forward_hooks
 
 
