@@ -27,8 +27,17 @@ from tqdm import tqdm
 
 from . import storybook
 from .data import Skipped, in_threads, storybook_examples
+from .downloads import DOWNLOADS
 from .engine import alone
-from .pictures import Prompt, check_same_prompts, not_here, picture_path, storybook_scene, whole_pictures
+from .pictures import (
+    Prompt,
+    check_filled,
+    check_same_prompts,
+    not_here,
+    picture_path,
+    storybook_scene,
+    whole_pictures,
+)
 from .presets import ROOT, resolve
 from .run import write_json
 from .scores import (
@@ -50,6 +59,7 @@ from .scores import (
 
 VERSION = 2  # of how rows and scores are computed: what another version has kept is not read
 FEW = 10_000  # pictures below which a FID says little
+FEWEST = 20  # pictures that are scored at all
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -83,6 +93,7 @@ class Protocol:
         clip: the CLIP of the CLIP score; for storybook it gives the other scores' features too.
         features: makes the network of FID and KID; None is the CLIP.
         classes: makes the network of the Inception score; None is the CLIP.
+        real: what is compared with unless told otherwise; None is storybook's renders.
         image_format: what pictures are kept in. The paper's view makes JPEGs of them anyway, and these take a third.
     """
 
@@ -91,13 +102,17 @@ class Protocol:
     clip: str
     features: Callable[[str], Network] | None = None
     classes: Callable[[str], Network] | None = None
+    real: str | None = None
     image_format: str = "png"
 
 
 VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 PROTOCOLS = {
-    "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes, "jpeg"),
-    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes),
+    "paper": Protocol(
+        "paper", as_paper, VIT_G, inception_pytorch, inception_classes, DOWNLOADS["coco_statistics"].path, "jpeg"
+    ),
+    # The paper's statistics are of another network and of 256 pixels: here COCO's own pictures are looked at.
+    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, DOWNLOADS["coco_pictures"].path),
     "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
 }
 
@@ -240,7 +255,8 @@ def _archive(place: Path) -> zipfile.ZipFile:
 def _pictures_below(folder: Path) -> dict[str, Callable[[], Image.Image]]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     hashes = in_threads(lambda path: hashlib.sha256(path.read_bytes()).hexdigest(), paths)
-    return {key: partial(Image.open, path) for key, path in zip(hashes, paths, strict=True)}
+    return {f"{key}-{path.relative_to(folder)}": partial(Image.open, path)
+            for key, path in zip(hashes, paths, strict=True)}  # fmt: skip
 
 
 def _pictures_in(archive: zipfile.ZipFile) -> dict[str, Callable[[], Image.Image]]:
@@ -288,7 +304,7 @@ class Evaluator:
 
     Args:
         protocol: a name of `PROTOCOLS`.
-        real: statistics (.npz with mu and sigma), or a folder or .zip of pictures; None is the storybook's renders.
+        real: statistics (.npz with mu and sigma), or a folder or .zip of pictures; None is the protocol's own.
         clip: another CLIP than the protocol's.
         cache_dir: where the rows of real pictures are kept.
 
@@ -309,14 +325,15 @@ class Evaluator:
         self.judge = ClipJudge(clip or self.protocol.clip, device)
         self.features = self.protocol.features(device) if self.protocol.features else self.judge.pictures
         self.classes = self.protocol.classes(device) if self.protocol.classes else None
-        self.place, self.cache_dir = real, Path(cache_dir or ROOT / "outputs" / "cache" / "real")
+        self.place, self.cache_dir = real or self.protocol.real, Path(cache_dir or ROOT / "outputs" / "cache" / "real")
         _ = self.real  # a mistake in it is found before any picture is drawn
 
     @cached_property
     def real(self) -> Statistics:
         """What the drawn pictures are compared with."""
         if self._statistics_only:
-            return Statistics.load(_real_place(self.place), self.features.dim)
+            nameless = self.protocol.name == "paper"  # whose published statistics say nothing of their network
+            return Statistics.load(_real_place(self.place), self.features, nameless)
         return Statistics.of(self.real_rows)
 
     @property
@@ -340,8 +357,9 @@ class Evaluator:
         again.
 
         Raises:
-            ValueError: fewer than twenty whole pictures, or pictures of other prompts under these ids.
+            ValueError: no such folder, too few whole pictures, or pictures of other prompts under these ids.
         """
+        check_filled(folder)
         with alone(folder, wait=True):
             hashes, skipped = self._whole(folder, prompts)
             key = self._key(hashes, prompts)
@@ -356,13 +374,14 @@ class Evaluator:
             return found
 
     def fid_by_number(self, folder: Path, prompts: Sequence[Prompt], counts: Sequence[int]) -> dict[int, Score]:
-        """Mean and spread of the FID of random subsets of each size."""
+        """Mean of the FID of random subsets of each size, and their spread, which for large subsets is too small."""
+        check_filled(folder)
         with alone(folder, wait=True):
             hashes, _ = self._whole(folder, prompts)
             rows = self._computed(folder, self.features, hashes)
         chance, all_, places = np.random.default_rng(0), rows.all(), rows.where(list(hashes.values()))
         found = {}
-        for count in counts:
+        for count in sorted({min(count, len(places)) for count in counts}):
             subsets = [chance.permutation(places)[:count] for _ in range(10 if count < len(places) else 1)]
             values = [fid(Statistics.of(all_, subset), self.real) for subset in subsets]
             found[count] = Score(float(np.mean(values)), float(np.std(values)))
@@ -379,8 +398,9 @@ class Evaluator:
         check_same_prompts(folder, prompts, have)
         hashes = {id: have[id].sha256 for id in sorted(prompt.id for prompt in prompts) if id in have}
         skipped = [(p.id, "missing or damaged: draw the folder again") for p in prompts if p.id not in have]
-        if len(hashes) < 20:
-            raise ValueError(f"{folder} has {len(hashes)} whole pictures of {len(prompts)}: scores need 20 at least")
+        if len(hashes) < FEWEST:
+            raise ValueError(f"{folder} has {len(hashes)} whole pictures of {len(prompts)}: scores need {FEWEST} at "
+                             "least")  # fmt: skip
         return hashes, skipped
 
     def _key(self, hashes: Mapping[str, str], prompts: Sequence[Prompt]) -> str:

@@ -35,6 +35,7 @@ from .sampling import (
     SUFFIXES,
     Pipeline,
     Sampling,
+    check_steps,
     draw,
     drawing_dtype,
     load_lora,
@@ -47,7 +48,8 @@ from .sampling import (
 
 TEXT_COLUMNS, ID_COLUMNS = ("text", "prompt", "caption"), ("id", "file_name")
 FILES = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
-ID = re.compile(r"[\w+=-][\w.+=-]{0,149}")
+ID = re.compile(r"[\w+=-][\w.+=-]*")
+ID_BYTES = 150  # a disk's names have 255 at most
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,17 @@ def check_prompts(prompts: Sequence[Prompt], source: str = "prompts") -> None:
     number = Counter(prompt.id.casefold() for prompt in prompts)
     faults = {
         "an id twice": [p.id for p in prompts if number[p.id.casefold()] > 1],
-        "an id that cannot name a file": [p.id for p in prompts if not ID.fullmatch(p.id)],
+        "an id that cannot name a file": [
+            p.id for p in prompts if not ID.fullmatch(p.id) or len(p.id.encode()) > ID_BYTES
+        ],
         "no text": [p.id for p in prompts if not p.text],
     }
     for fault, ids in faults.items():
         if ids:
-            raise ValueError(f"{source}: {fault} in {len(ids)} rows, such as {', '.join(map(repr, ids[:3]))}. Ids are "
-                             "letters, digits and . _ + - =, at most 150, each once; every row has a text")  # fmt: skip
+            raise ValueError(
+                f"{source}: {fault} in {len(ids)} rows, such as {', '.join(map(repr, ids[:3]))}. Ids are letters, "
+                f"digits and . _ + - =, at most {ID_BYTES} bytes, each once; every row has a text"
+            )
 
 
 # --- a folder of pictures ---------------------------------------------------------------------------------------------
@@ -188,6 +194,7 @@ def sample(
         ValueError: the folder holds another model's pictures, or other settings' or prompts'; or ids cannot be used.
     """
     check_prompts(prompts)
+    check_steps(pipeline, sampling)
     state = PartialState(cpu=pipeline.device.type == "cpu")
     # In several processes the others would wait in vain for the main one, and NCCL would end them.
     with alone(folder, wait=state.num_processes == 1):
@@ -203,6 +210,7 @@ def sample(
         share = missing[state.process_index :: state.num_processes]
         for done, newest in _fill(pipeline, share, folder, sampling):
             yield Progress(min(total, there + done * state.num_processes), total, newest)
+        state.wait_for_everyone()  # the lock is everybody's
 
 
 def _fill(
@@ -229,19 +237,19 @@ def _fixed(sampling: Sampling) -> dict:
 
 def _claim(folder: Path, about: Mapping, main: bool) -> None:
     """Writes what the pictures of a folder share, or checks that it is so."""
-    path = folder / "sampling.json"
-    if path.exists():
+    path, images = folder / "sampling.json", folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    if path.exists() and any(images.iterdir()):
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in about.items()
                  if before.get(name) != value]  # fmt: skip
         if other:
             raise ValueError(f"{folder} holds pictures of {'; of '.join(other)}: pictures of two kinds are not mixed. "
                              "Use another folder, or delete this one")  # fmt: skip
-    elif (folder / "images").exists() and any((folder / "images").iterdir()) and main:
-        raise ValueError(f"{folder}/images holds pictures, but no sampling.json says whose: use another folder")
+    elif any(images.iterdir()) and main:
+        raise ValueError(f"{images} holds pictures, but no sampling.json says whose: use another folder")
     elif main:
         write_json(path, about)
-    (folder / "images").mkdir(exist_ok=True)
 
 
 def _path(folder: Path, id: str, image_format: str) -> Path:
@@ -275,7 +283,7 @@ def read_manifest(folder: Path) -> list[Drawn]:
     """Every line of a folder's manifests, one file for each process; torn lines are left out."""
     drawn, names = [], {f.name for f in fields(Drawn)}
     for path in sorted(folder.glob("manifest-*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 about = json.loads(line)
             except ValueError:
@@ -304,7 +312,29 @@ def picture_path(folder: Path, id: str) -> Path:
     return _path(folder, id, _image_format(folder))
 
 
+def check_filled(folder: Path) -> None:
+    """Raises ValueError for a folder that `sample` never worked on."""
+    if not (folder / "sampling.json").is_file():
+        raise ValueError(f"{folder} has no sampling.json: expected a folder of pictures as notebook 04 fills them")
+
+
+def forget(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Deletes the pictures of these prompts, so that `sample` draws them anew; those of others stay.
+
+    Raises:
+        ValueError: processes of their own are filling the folder.
+    """
+    if not (folder / "sampling.json").is_file():
+        return
+    if processes.running(folder):
+        raise ValueError(f"{folder} is being filled: wait for it, or stop it by bksdm_utils.processes.stop")
+    with alone(folder, wait=True):
+        for prompt in prompts:
+            picture_path(folder, prompt.id).unlink(missing_ok=True)
+
+
 def _image_format(folder: Path) -> str:
+    check_filled(folder)
     path = folder / "sampling.json"
     return _read_image_format(path, path.stat().st_mtime_ns)
 
@@ -360,9 +390,15 @@ class Job:
 
 
 def write_job(folder: Path, job: Job, sampling: Sampling) -> None:
-    """Writes config.json, which `processes.launch(folder, n, "bksdm_utils.pictures")` reads."""
+    """Writes config.json, which `processes.launch(folder, n, "bksdm_utils.pictures")` reads.
+
+    Raises:
+        ValueError: other settings are at work there.
+    """
+    config = {"job": asdict(job), "sampling": asdict(sampling)}
+    processes.check_same(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"job": asdict(job), "sampling": asdict(sampling)})
+    write_json(folder / "config.json", config)
 
 
 def sample_in_processes(
@@ -442,7 +478,6 @@ def _draw_to_the_end(folder: Path, job: Job, sampling: Sampling) -> None:
         if state.is_main_process and share != said:
             print(f"{progress.done}/{progress.total} pictures", flush=True)
             said = share
-    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Preset:
         flip: whether pictures may be mirrored; storybook's captions say left and right, so there they may not.
         protocol: how notebook 04 scores, of `evaluation.PROTOCOLS`.
         prompts: a CSV file of captions to draw; None takes storybook's test scenes.
-        real: real pictures' statistics, folder or .zip; None renders storybook scenes.
+        real: real pictures' statistics, folder or .zip; None is the protocol's own.
         num_evaluation_images: how many pictures of each model notebook 04 scores.
         sampling_batch_size: pictures drawn in one pass on a GPU.
         measured: whether these settings have been run to the end by the authors.
@@ -65,7 +66,7 @@ class Preset:
     num_validation_images: int = 16
     protocol: str = "paper"
     prompts: str | None = "data/mscoco_val2014_30k/metadata.csv"
-    real: str | None = "data/mscoco_val2014_41k_full/real_im256.npz"
+    real: str | None = None
     num_evaluation_images: int = 30_000
     sampling_batch_size: int = 16
     measured: bool = False
@@ -110,7 +111,7 @@ STORYBOOK = Preset(
     resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
     lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
     num_train_scenes=3_000, validation_steps=100, num_validation_images=128, protocol="storybook",
-    prompts=None, real=None, num_evaluation_images=128, measured=True,
+    prompts=None, num_evaluation_images=128, measured=True,
 )  # fmt: skip
 
 LAION_AES = "data/laion_aes/preprocessed_212k"
@@ -157,6 +158,11 @@ def resolve(place: str | Path) -> str:
         if candidate.exists():
             return str(candidate)
     return str(place)
+
+
+def is_hub_id(place: str | Path) -> bool:
+    """Whether a place looks like name/model of the Hugging Face hub, and is no path that is there."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(place))) and not Path(resolve(place)).exists()
 
 
 def model_config(place: str | Path, part: str = "unet") -> dict:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -28,11 +28,8 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
         ValueError: one is at work there with another config.json.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {name: value for name, value in config.items() if name not in ("resume", "output_dir", "num_processes")}
+    check_same(folder, config)
     if running(folder):
-        if _note(folder)["config"] != config:
-            raise ValueError(f"a training with other settings is at work in {folder}: wait for it, or stop it by "
-                             f"bksdm_utils.processes.stop, or use another output_dir")  # fmt: skip
         print("a training is at work here already: watching it")
         return
     with alone(folder):  # or another host's training is at work here
@@ -48,7 +45,18 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     about = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "host": socket.gethostname()}
-    write_json(folder / NOTE, {**about, "num_processes": num_processes, "config": config})
+    write_json(folder / NOTE, {**about, "num_processes": num_processes, "config": _fixed(config)})
+
+
+def check_same(folder: Path, config: Mapping[str, object]) -> None:
+    """Raises ValueError where processes of another config are at work in `folder`."""
+    if running(folder) and _note(folder)["config"] != json.loads(json.dumps(_fixed(config))):
+        raise ValueError(f"a run with other settings is at work in {folder}: wait for it, or stop it by "
+                         f"bksdm_utils.processes.stop, or use another output_dir")  # fmt: skip
+
+
+def _fixed(config: Mapping[str, object]) -> dict:
+    return {name: value for name, value in config.items() if name not in ("resume", "output_dir", "num_processes")}
 
 
 def running(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from .data import in_threads
-from .presets import resolve
+from .presets import Missing, is_hub_id, resolve
 
 PARTS = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
@@ -52,6 +52,7 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     """A Stable Diffusion or SDXL pipeline from a diffusers folder or hub id, silent and without a safety checker.
 
     Raises:
+        Missing: a hub id that cannot be had.
         ValueError: the folder is missing, incomplete or no Stable Diffusion.
     """
     place = resolve(teacher)
@@ -61,7 +62,7 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     try:
         pipeline = DiffusionPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)
     except Exception as error:  # a broken or foreign folder makes diffusers raise many kinds
-        raise ValueError(
+        raise (Missing if is_hub_id(place) else ValueError)(
             f"teacher {str(teacher)!r} could not be loaded: {error}\nExpected a folder as diffusers' save_pretrained "
             "writes it, or the id of a model on the Hugging Face hub (which needs a network)."
         ) from error
@@ -85,13 +86,11 @@ def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     """`load_pipeline`, or None and a line that says so where the weights of a hub id are not to be had.
 
     Raises:
-        ValueError: `teacher` is a folder, and no whole Stable Diffusion.
+        ValueError: `teacher` is no hub id, and no whole Stable Diffusion.
     """
-    if Path(resolve(teacher)).is_dir():
-        return load_pipeline(teacher, device, dtype)
     try:
         return load_pipeline(teacher, device, dtype)
-    except ValueError as error:
+    except Missing as error:
         reason = str(error).splitlines()[0]
         print(f"No weights here: {reason}\nWhat needs weights is skipped. With a network: hf download {teacher}")
         return None
@@ -131,6 +130,15 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     return swapped
 
 
+def own_copy(pipeline: Pipeline) -> Pipeline:
+    """The same pipeline with U-Net and text encoder of its own: to change them leaves the first one as it is."""
+    own = with_unet(pipeline, copy.deepcopy(pipeline.unet))
+    for name in ("text_encoder", "text_encoder_2"):  # SDXL has two
+        if hasattr(own, name):
+            setattr(own, name, copy.deepcopy(getattr(own, name)))
+    return own
+
+
 def load_unet(place: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
     """A U-Net of its own folder or hub id, or of a whole pipeline's, on the pipeline's device and of its type.
 
@@ -155,7 +163,9 @@ def load_unet(place: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
 
 
 def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) -> Pipeline:
-    """The pipeline with a LoRA, as diffusers' `save_lora_weights` writes it, merged into its weights.
+    """A pipeline with a LoRA, as diffusers' `save_lora_weights` writes it, merged into weights of its own.
+
+    The pipeline that is given stays as it is.
 
     Args:
         parts: networks that it must change, of unet and text_encoder.
@@ -163,7 +173,7 @@ def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) 
     Raises:
         ValueError: there is none, it lacks one of `parts`, or it was trained on another model.
     """
-    before = model_hash(pipeline)
+    before, pipeline = model_hash(pipeline), own_copy(pipeline)
     try:
         told = _lora_tensors(pipeline, place)
         pipeline.load_lora_weights(resolve(place))
@@ -173,13 +183,11 @@ def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) 
     adapted = pipeline.get_list_adapters()
     lacking = [part for part in parts if part not in adapted]
     if lacking:
-        pipeline.unload_lora_weights()
         raise ValueError(f"the LoRA {str(place)!r} has nothing for {', '.join(lacking)}, only for "
                          f"{', '.join(adapted) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip
     taken = sum(len(get_peft_model_state_dict(getattr(pipeline, part), adapter_name=names[0]))
                 for part, names in adapted.items())  # fmt: skip
     if taken < told:  # layers that the model does not have diffusers passes over in silence
-        pipeline.unload_lora_weights()
         raise ValueError(f"the LoRA {str(place)!r} was trained on another model: {told - taken} of its {told} tensors "
                          "belong to layers that this one does not have")  # fmt: skip
     pipeline.fuse_lora()
@@ -208,11 +216,23 @@ def architecture_hash(unet: UNet2DConditionModel) -> str:
 
 
 def model_hash(pipeline: Pipeline) -> str:
-    """A hash of all weights and of the schedule, that names what draws the pictures."""
-    parts = {part: getattr(pipeline, part, None) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    tensors = {f"{part}.{name}": tensor for part, model in parts.items() if model is not None
+    """A hash of all that draws the pictures: weights, configs, schedule, vocabularies."""
+    present = {part: getattr(pipeline, part) for part in PARTS[type(pipeline).__name__]}
+    tensors = {f"{part}.{name}": tensor for part, model in present.items() if isinstance(model, torch.nn.Module)
                for name, tensor in model.state_dict().items()}  # fmt: skip
-    return tensors_hash(tensors, json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
+    about = {part: _settings(present[part]) for part in present}
+    about["empty prompt"] = pipeline.config.get("force_zeros_for_empty_prompt")
+    return tensors_hash(tensors, json.dumps(about, sort_keys=True, default=str))
+
+
+def _settings(part) -> object:
+    """What a part of a pipeline computes with, besides its weights, but not where it came from and by which version."""
+    if hasattr(part, "get_vocab"):
+        return [sorted(part.get_vocab().items()), part.model_max_length]
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    passing = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    # Names with _ say where it came from, one of them as a list whose order each process shuffles anew.
+    return [type(part).__name__, {n: value for n, value in config.items() if n[0] != "_" and n not in passing}]
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], about: str = "") -> str:
@@ -252,7 +272,7 @@ class Sampling:
         scheduler: one of `SCHEDULERS`; None is the pipeline's own.
         size: pixels a side; None is what the U-Net was trained for.
         image_format: of pictures in a folder: png, or jpeg of quality 75 as in the paper.
-        batch_size: pictures in one pass on a GPU. A CPU's passes have a fixed size, for the sake of equal bits.
+        batch_size: pictures in one pass on a GPU; a CPU's passes have a fixed size, for the sake of equal bits.
     """
 
     seed: int = 0
@@ -268,6 +288,9 @@ class Sampling:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 1 or more, 4 with PNDM")
         if self.batch_size < 1 or self.guidance_scale < 0 or self.seed < 0:
             raise ValueError(f"{self}: expected a batch_size of 1 or more, guidance_scale and seed of 0 or more")
+        if self.scheduler not in (None, *SCHEDULERS):
+            raise ValueError(f"unknown scheduler {self.scheduler!r}: expected one of {', '.join(SCHEDULERS)}")
+        object.__setattr__(self, "guidance_scale", float(self.guidance_scale))  # 4 and 4.0 are one setting
         if self.image_format not in SUFFIXES:
             raise ValueError(f"unknown image_format {self.image_format!r}: expected one of {', '.join(SUFFIXES)}")
         if self.size is not None and (self.size < 8 or self.size % 8):
@@ -283,9 +306,8 @@ def draw(
     of pictures or threads. So on a CPU every pass has the same number of pictures, filled up at the end, and one
     thread; several threads work on several passes. A GPU takes `sampling.batch_size` and promises the same noise only.
     """
+    check_steps(pipeline, sampling)
     pipeline = with_scheduler(pipeline, sampling.scheduler)
-    if isinstance(pipeline.scheduler, PNDMScheduler) and sampling.num_inference_steps < 4:
-        raise ValueError(f"num_inference_steps is {sampling.num_inference_steps}: expected 4 or more, as PNDM needs")
     size, workers = _passes(pipeline, sampling)
     crew = queue.SimpleQueue()
     for _ in range(workers):  # a scheduler remembers where it is, so each worker has its own
@@ -302,6 +324,13 @@ def draw(
 
     with _single_threaded(pipeline.device.type == "cpu"), _evaluating(pipeline.unet):
         yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
+
+
+def check_steps(pipeline: Pipeline, sampling: Sampling) -> None:
+    """Raises ValueError for fewer steps than the scheduler in force can do."""
+    scheduler = with_scheduler(pipeline, sampling.scheduler).scheduler
+    if isinstance(scheduler, PNDMScheduler) and sampling.num_inference_steps < 4:
+        raise ValueError(f"num_inference_steps is {sampling.num_inference_steps}: expected 4 or more, as PNDM needs")
 
 
 def _passes(pipeline: Pipeline, sampling: Sampling) -> tuple[int, int]:

@@ -7,7 +7,6 @@ is an error that names the file, where it was looked for, and the command that f
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ except ImportError:
 
 from . import storybook
 from .downloads import DOWNLOADS
-from .presets import ROOT, Missing, Preset, resolve
+from .presets import ROOT, Missing, Preset, is_hub_id, resolve
 from .sampling import Pipeline, generate, tensors_hash
 from .storybook import Scene
 
@@ -225,7 +224,7 @@ def dino(device: str = "cpu", place: str = "facebook/dino-vits16") -> Network:
 
 def _not_here(place: str) -> type[ValueError]:
     """`Missing` for a hub id, which may not have been fetched; a path was mistyped, a folder holds something else."""
-    return Missing if re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not Path(resolve(place)).exists() else ValueError
+    return Missing if is_hub_id(place) else ValueError
 
 
 def find_weights(name: str) -> Path:
@@ -297,25 +296,35 @@ class Statistics:
         return cls(mean, sum(x.T @ x for x in centred) / (len(chosen) - 1))
 
     @classmethod
-    def load(cls, path: Path, dim: int) -> Statistics:
+    def load(cls, path: Path, network: Network, nameless: bool = False) -> Statistics:
         """From an .npz with mu and sigma, as pytorch-fid writes it.
 
+        Args:
+            network: whose features they must be.
+            nameless: take a file that does not say whose they are, as published ones do not.
+
         Raises:
-            ValueError: it cannot be read, or its features are not `dim` numbers.
+            ValueError: it cannot be read, or is of another network as far as that can be told.
         """
         try:
             with np.load(path) as file:
-                mean, covariance = file["mu"], file["sigma"]
+                mean, covariance, key = file["mu"], file["sigma"], str(file["network"]) if "network" in file else None
         except Exception as error:  # zipfile, pickle and numpy each raise their own
             raise ValueError(f"{path} cannot be read ({error}): expected an .npz with mu and sigma") from error
+        dim = network.dim
         if mean.shape != (dim,) or covariance.shape != (dim, dim):
             raise ValueError(f"{path} has mu {mean.shape} and sigma {covariance.shape}, this network gives {dim} "
                              "features: the statistics are of another network or layer")  # fmt: skip
+        if key != network.key and not (nameless and key is None):
+            raise ValueError(
+                f"{path} is of {'another network' if key else 'a network that it does not name'}: expected statistics "
+                f"of {network.name}. Name a folder or .zip of pictures instead"
+            )
         return cls(mean, covariance)
 
-    def save(self, path: Path) -> None:
-        """As pytorch-fid writes it."""
-        np.savez(path, mu=self.mean, sigma=self.covariance)
+    def save(self, path: Path, network: Network) -> None:
+        """As pytorch-fid writes it, and whose features they are of."""
+        np.savez(path, mu=self.mean, sigma=self.covariance, network=network.key)
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -400,17 +409,13 @@ def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return (images * texts).sum(-1)
 
 
-def zero_shot_accuracy(
-    judge: ClipJudge, pictures: Sequence[Image.Image], scenes: Sequence[Scene], singles_only: bool = True
-) -> dict[str, float]:
-    """Share of storybook pictures whose size, colour, object and place the judge names rightly among all alternatives.
-
-    Args:
-        singles_only: judge pictures of one object only, where nothing is ambiguous.
+def zero_shot_accuracy(judge: ClipJudge, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of storybook pictures of one object, where nothing is ambiguous, whose size, colour, object and place the
+    judge names rightly among all alternatives.
     """
-    chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1 or not singles_only]
+    chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1]
     if not chosen:
-        raise ValueError("no picture of a single object among the scenes: give more scenes, or singles_only=False")
+        raise ValueError("no picture of a single object among the scenes: give more scenes")
     right = named_rightly(judge, judge.images([pictures[i] for i in chosen]), [scenes[i] for i in chosen])
     return {attribute: float(found.mean()) for attribute, found in right.items()}
 

@@ -3,6 +3,7 @@ import json
 import time
 import tracemalloc
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_scores_do_not_depend_on_the_order_of_the_prompts(evaluator, tmp_path):
 
 def test_scores_of_statistics_and_of_pictures_have_two_keys(evaluator, tmp_path):
     prompts = fill(tmp_path / "drawn", renders(20))
-    evaluator.real.save(tmp_path / "real.npz")
+    evaluator.real.save(tmp_path / "real.npz", evaluator.features)
     numbers_only = Evaluator("storybook", tmp_path / "real.npz", cache_dir=tmp_path)
     ours, theirs = (e.evaluate(tmp_path / "drawn", prompts) for e in (evaluator, numbers_only))
     assert ours.key != theirs.key and "kid" in ours.scores and "kid" not in theirs.scores
@@ -229,9 +230,16 @@ def test_an_archive_of_real_pictures_is_opened_once(tmp_path, monkeypatch):
 
 
 def test_statistics_of_another_network_are_refused(tmp_path):
-    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "wrong.npz")
-    with pytest.raises(ValueError, match="of another network"):
-        Evaluator("storybook", real=tmp_path / "wrong.npz", cache_dir=tmp_path)
+    clip = ClipJudge(ROOT / "data" / "storybook" / "clip").pictures
+    size = clip.dim
+    np.savez(tmp_path / "small.npz", mu=np.zeros(8), sigma=np.eye(8))
+    np.savez(tmp_path / "nameless.npz", mu=np.zeros(size), sigma=np.eye(size))
+    Statistics(np.zeros(size), np.eye(size)).save(tmp_path / "other.npz", replace(clip, key="other"))
+    for name, fault in (("small", "of another network or layer"), ("nameless", "a network that it does not name"),
+                        ("other", "is of another network: expected statistics of clip")):  # fmt: skip
+        with pytest.raises(ValueError, match=fault):
+            Evaluator("storybook", real=tmp_path / f"{name}.npz", cache_dir=tmp_path)
+    Statistics.load(tmp_path / "nameless.npz", clip, nameless=True)  # the paper's published ones say nothing
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ValueError, match="expected an .npz"):
         Evaluator("storybook", real=tmp_path / "broken.npz", cache_dir=tmp_path)
@@ -261,7 +269,10 @@ def test_networks_that_are_not_here_are_named_with_the_command(nothing_fetched):
     with pytest.raises(Missing, match="coco_captions"):
         read_prompts(PRESETS["sd-v1.4"].prompts)
     with pytest.raises(Missing, match="coco_statistics"):
-        Evaluator("storybook", real=PRESETS["sd-v1.4"].real, clip=clip)
+        Evaluator("storybook", real=evaluation.PROTOCOLS["paper"].real, clip=clip)
+    with pytest.raises(Missing, match="coco_pictures"):  # never the paper's statistics of another network
+        Evaluator("storybook", real=evaluation.PROTOCOLS["clean"].real, clip=clip)
+    assert find_preset("sd-v1.4", protocol="clean").real is None
 
 
 def test_what_was_mistyped_is_not_taken_for_missing(tmp_path):
@@ -386,7 +397,7 @@ def test_folders_cost_time_in_proportion_to_their_pictures(tmp_path, pipeline_di
     tiny = Protocol("tiny", as_stored, "tiny", classes=lambda _: classes)
     monkeypatch.setitem(evaluation.PROTOCOLS, "tiny", tiny)
     monkeypatch.setattr(evaluation, "ClipJudge", TinyJudge)
-    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "real.npz")
+    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "real.npz", TinyJudge().pictures)
     pipeline = load_pipeline(pipeline_dir)
     seconds_of_folders(tmp_path / "first", 100, pipeline)  # imports and the like
     few, many = (seconds_of_folders(tmp_path / str(count), count, pipeline) for count in (1000, 15_000))
@@ -398,6 +409,15 @@ def test_broken_real_pictures_are_set_aside(tmp_path, capsys):
     for i in range(30):
         storybook.render(storybook.sample_scene(i), i).save(tmp_path / "real" / f"{i}.png")
     (tmp_path / "real" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    file = io.BytesIO()
+    Image.effect_noise((300, 300), 50).save(file, "JPEG")
+    (tmp_path / "real" / "cut_off.jpg").write_bytes(file.getvalue()[:5000])  # its header is whole
+    (tmp_path / "real" / "again.png").write_bytes(
+        (tmp_path / "real" / "0.png").read_bytes()
+    )  # counts twice, as in a zip
     found = Evaluator("storybook", real=tmp_path / "real", cache_dir=tmp_path / "cache")
-    assert len(found.real_rows) == 30 and "1 real pictures set aside" in capsys.readouterr().out
+    assert len(found.real_rows) == 31 and "2 real pictures set aside" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no sampling.json"):
+        found.evaluate(tmp_path / "tpyo", storybook_prompts(20))
+    assert not (tmp_path / "tpyo").exists()
     assert isinstance(found.judge, ClipJudge)

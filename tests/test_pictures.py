@@ -125,6 +125,42 @@ def test_the_gallery_says_how_long_it_still_takes(capsys, monkeypatch):
         "teacher: 260 of 1,000 pictures, 12 min left", "teacher: 1,000 of 1,000 pictures"]  # fmt: skip
 
 
+def test_every_caption_is_found_again_in_the_manifest(pipeline, tmp_path):
+    texts = ["a cat\u2028in the snow", "a cat\x85dog", "two\nlines\r\n", "plain"]  # each may end a line somewhere
+    prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
+    run(pipeline, prompts, tmp_path)
+    assert [drawn.text for drawn in whole_pictures(tmp_path).values()] == texts
+    assert len(run(pipeline, prompts, tmp_path)) == 1
+
+
+def test_a_mistake_claims_no_folder(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="as PNDM needs"):
+        run(pipeline, storybook_prompts(1), tmp_path / "new", Sampling(num_inference_steps=3))
+    assert not (tmp_path / "new").exists()
+    pictures._claim(tmp_path / "new", {"model": "one", "image_format": "png"}, main=True)
+    assert run(pipeline, storybook_prompts(1), tmp_path / "new")[-1].done == 1  # it held no picture of the other
+    pictures._claim(tmp_path / "other", {"model": "one"}, main=False)  # may come before the main process
+    assert (tmp_path / "other" / "images").is_dir()
+
+
+def test_only_the_pictures_asked_for_are_forgotten(pipeline, tmp_path, monkeypatch):
+    prompts = storybook_prompts(4)
+    pictures.forget(tmp_path / "nothing", prompts)
+    run(pipeline, prompts, tmp_path)
+    pictures.forget(tmp_path, prompts[:2])
+    assert set(whole_pictures(tmp_path)) == {p.id for p in prompts[2:]}
+    monkeypatch.setattr(processes, "running", lambda folder: True)
+    with pytest.raises(ValueError, match="is being filled"):
+        pictures.forget(tmp_path, prompts)
+
+
+def test_a_folder_that_was_never_filled_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no sampling.json"):
+        whole_pictures(tmp_path / "tpyo")
+    one, other = (pictures.folder_of(tmp_path, "a", "b", Sampling(guidance_scale=g)) for g in (4, 4.0))
+    assert one == other and not one.exists()
+
+
 def test_the_manifest_says_what_each_picture_is(pipeline, tmp_path):
     prompts = storybook_prompts(5)
     steps = run(pipeline, prompts, tmp_path)
@@ -173,7 +209,8 @@ def test_two_models_or_settings_are_never_mixed(pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "fault"),
     [(["a", "A"], "an id twice"), (["../a"], "cannot name a file"), (["a/b"], "cannot name a file"),
-     (["a\\b"], "cannot name a file"), ([""], "cannot name a file"), ([".a"], "cannot name a file")],
+     (["a\\b"], "cannot name a file"), ([""], "cannot name a file"), ([".a"], "cannot name a file"),
+     (["ж" * 80], "cannot name a file")],
 )  # fmt: skip
 def test_ids_that_cannot_name_files_are_refused(ids, fault):
     with pytest.raises(ValueError, match=fault):
@@ -251,6 +288,11 @@ def test_a_job_takes_other_unets_schedulers_and_loras(pipeline, pipeline_dir, tm
     tuned = load_pipeline(pipeline_dir)
     tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     tuned.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(tuned.unet))
+    assert pictures.main([str(tmp_path / "with_lora"), *told, "-p", "lora", str(tmp_path / "lora")]) == 0
+    assert pictures.main([str(tmp_path / "without"), *told]) == 0
+    assert bits(tmp_path / "with_lora")["test-0.png"] != bits(tmp_path / "without")["test-0.png"]
+    assert pictures.main([str(tmp_path / "wide"), *told, "-p", "size", "32"]) == 0
+    assert Image.open(picture_path(tmp_path / "wide", "test-0")).size == (32, 32)
     fused = load_lora(load_pipeline(pipeline_dir), tmp_path / "lora")
     changed = fused.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     assert not torch.equal(changed, pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight)
@@ -272,7 +314,13 @@ def test_models_that_do_not_fit_are_explained(pipeline, pipeline_dir, teacher, t
         load_lora(load_pipeline(pipeline_dir), tmp_path)
     with pytest.raises(ValueError, match="unknown scheduler 'heun'"):
         with_scheduler(pipeline, "heun")
-    for wrong in ({"num_inference_steps": 0}, {"size": 60}, {"image_format": "gif"}, {"batch_size": 0}):
+    for wrong in (
+        {"num_inference_steps": 0},
+        {"size": 60},
+        {"scheduler": "heun"},
+        {"image_format": "gif"},
+        {"batch_size": 0},
+    ):
         with pytest.raises(ValueError, match="expected"):
             Sampling(**wrong)
     with pytest.raises(ValueError, match="4 or more, as PNDM needs"):

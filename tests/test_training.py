@@ -169,7 +169,7 @@ def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_p
     processes.launch(folder, 2)
     assert "at work here already" in capsys.readouterr().out
     write_config(folder, **narrow, seed=1)
-    with pytest.raises(ValueError, match="a training with other settings is at work"):
+    with pytest.raises(ValueError, match="a run with other settings is at work"):
         processes.launch(folder, 2)
     processes.stop(folder)
     with pytest.raises(RuntimeError, match="ended before its last step"):
