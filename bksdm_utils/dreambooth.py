@@ -7,7 +7,6 @@ is learned from, what is trained, and what the loss is.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import random
@@ -34,11 +33,11 @@ from .engine import Draw, Log, Step, Trainer, TrainingConfig, save_model
 from .latents import encoding_batch, posterior, token_ids
 from .pictures import Prompt
 from .presets import Missing, resolve
-from .sampling import LORA_BASE, Pipeline, architecture_hash, model_hash, with_unet
+from .sampling import LORA_BASE, Pipeline, architecture_hash, model_hash, own_copy
 from .scores import ClipJudge, Network, Score, mean_score
 
 DATASET = "data/dreambooth/dataset"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+LIVE = ("cat", "dog")  # the living among google/dreambooth's classes, with prompts of their own
 METHODS = ("full", "lora")
 
 
@@ -89,11 +88,14 @@ class Subject:
         return _pictures_hash([*self.pictures, (self.word, Image.new("RGB", (1, 1)))])
 
 
-def load_subject(place: str, word: str | None = None, dataset: str | Path = DATASET) -> Subject:
+def load_subject(
+    place: str, word: str | None = None, dataset: str | Path = DATASET, live: bool | None = None
+) -> Subject:
     """A subject by name, of google/dreambooth or of the storybook, or any folder with 3 to 10 pictures.
 
     Args:
         word: the class, for a folder that is none of google/dreambooth's.
+        live: draw it by the prompts for the living, or by those for things; None decides by the class.
 
     Raises:
         Missing: it may be one of google/dreambooth's, which is not here.
@@ -116,8 +118,9 @@ def load_subject(place: str, word: str | None = None, dataset: str | Path = DATA
     if not word:
         raise ValueError(f"what is in {folder}? Say it by class_word, such as dog")
     pictures, skipped = _open_all(folder)
-    return Subject(folder.name, word, tuple(("a {}", picture) for picture in pictures), dreambooth_templates(word),
-                   (f"a {word}",), skipped)  # fmt: skip
+    templates = dreambooth_templates(word.lower() in LIVE if live is None else live)
+    return Subject(folder.name, word, tuple(("a {}", picture) for picture in pictures), templates, (f"a {word}",),
+                   skipped)  # fmt: skip
 
 
 def storybook_subject(name: str, num_pictures: int = 5) -> Subject:
@@ -138,13 +141,14 @@ def storybook_subject(name: str, num_pictures: int = 5) -> Subject:
 
 def _open_all(folder: Path) -> tuple[list[Image.Image], Skipped]:
     pictures, skipped = [], []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
             pictures.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
         except Exception as error:  # Pillow raises many kinds for a broken file
             skipped.append((path.name, f"unreadable picture: {error}"))
     if not pictures:
-        raise ValueError(f"{folder} has no readable picture ({len(skipped)} broken): expected 3 to 10 of the subject")
+        told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
+        raise ValueError(f"{folder} has no readable picture: expected 3 to 10 of the subject ({told})")
     if not 3 <= len(pictures) <= 10:
         print(f"{folder.name}: {len(pictures)} pictures; DreamBooth is made for 3 to 10")
     return pictures, skipped
@@ -189,31 +193,36 @@ _LIVE = (
 _LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
 
 
-def dreambooth_templates(word: str) -> tuple[str, ...]:
-    """The 25 prompts of the DreamBooth paper: for things, or for the living (cats and dogs in its data set)."""
-    places = (*_PLACES, *(_LIVE if word in ("cat", "dog") else _OBJECT))
+def dreambooth_templates(live: bool) -> tuple[str, ...]:
+    """The 25 prompts of the DreamBooth paper, for the living or for things."""
+    places = (*_PLACES, *(_LIVE if live else _OBJECT))
     return tuple(f"a {{}} {place}" for place in places) + tuple(f"a {look} {{}}" for look in _LOOKS)
 
 
-def check_words(pipeline: Pipeline, identifier: str, word: str) -> None:
-    """Says how the tokenizer takes the identifier.
+def check_words(pipeline: Pipeline, identifier: str, subject: Subject) -> None:
+    """Says how the tokenizer takes the identifier and the class.
 
     Raises:
-        ValueError: the identifier is empty, is part of the class, or leaves no room for a prompt.
+        ValueError: the identifier is empty or a word of the class's prompts, or prompts would be cut off.
     """
     if not identifier.strip():
         raise ValueError("identifier is empty: expected a rare word, such as sks")
-    if set(identifier.lower().split()) & set(word.lower().split()):
-        raise ValueError(f"the identifier {identifier!r} is in the class {word!r} already, so the subject could not be "
-                         "told from others of its kind: use a rare word, such as sks")  # fmt: skip
-    tokens = pipeline.tokenizer.tokenize(identifier)
-    room = pipeline.tokenizer.model_max_length - 2
-    if len(tokens) > room // 2:
-        raise ValueError(f"the tokenizer splits {identifier!r} into {len(tokens)} of the {room} tokens that a prompt "
-                         "may have: use a shorter, rare word")  # fmt: skip
-    if len(tokens) > 1:
-        print(f"{identifier!r} is {len(tokens)} tokens ({' '.join(tokens)}), each known from elsewhere: a word of one "
-              "rare token is learned more easily")  # fmt: skip
+    used = {word.lower() for prompt in (subject.word, *subject.class_prompts) for word in prompt.split()}
+    if taken := set(identifier.lower().split()) & used:
+        raise ValueError(f"the identifier {identifier!r} is no word of its own: prompts of the class {subject.word!r} "
+                         f"have {', '.join(sorted(taken))} already, so the subject could not be told from others of "
+                         "its kind. Use a rare word, such as sks")  # fmt: skip
+    tokenize, room = pipeline.tokenizer.tokenize, pipeline.tokenizer.model_max_length - 2
+    longest = max((*subject.captions(identifier), *(p.text for p in subject.prompts(identifier, 1))),
+                  key=lambda text: len(tokenize(text)))  # fmt: skip
+    if len(tokenize(longest)) > room:
+        raise ValueError(f"the tokenizer splits {longest!r} into {len(tokenize(longest))} tokens, {identifier!r} into "
+                         f"{len(tokenize(identifier))} and {subject.word!r} into {len(tokenize(subject.word))} of "
+                         f"them: the text encoder reads {room}. Use shorter words")  # fmt: skip
+    for name, text in (("identifier", identifier), ("class", subject.word)):
+        if len(tokens := tokenize(text)) > len(text.split()):
+            print(f"the {name} {text!r} is {len(tokens)} tokens ({' '.join(tokens)}), each known from elsewhere: words "
+                  "of one token each are learned more easily")  # fmt: skip
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -284,11 +293,12 @@ class Personal(nn.Module):
             wanted.append((self.text_encoder, LoraConfig(r=self.lora.text_rank, lora_alpha=self.lora.text_alpha,
                                                          target_modules=list(self.lora.text_targets))))  # fmt: skip
         for part, config in wanted:
-            try:
-                part.add_adapter(config, "default")
-            except ValueError as error:
-                raise ValueError(f"no layer of the {type(part).__name__} is called {sorted(config.target_modules)}: "
-                                 f"expected ends of names such as to_q, q_proj ({error})") from error  # fmt: skip
+            layers = [name for name, layer in part.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+            for target in sorted(config.target_modules):
+                if not any(f".{name}".endswith(f".{target}") for name in layers):  # PEFT passes over it in silence
+                    raise ValueError(f"no layer of the {type(part).__name__} is called {target}: expected ends of "
+                                     f"names such as {layers[-1]}")  # fmt: skip
+            part.add_adapter(config, "default")
 
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w), (B,), (B, T) -> the U-Net's prediction, (B, 4, h, w)."""
@@ -326,6 +336,7 @@ class Recipe:
     Attributes:
         batch_size: pictures of the subject in a step; with prior preservation as many of its class.
         learning_rates: by method.
+        resolution: pixels a side of the pictures; None is the pipeline's own.
     """
 
     subject: str = "dog2"
@@ -342,6 +353,14 @@ class Recipe:
     mixed_precision: str = "bf16"
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
+    resolution: int | None = None
+
+    def __post_init__(self):
+        if self.prior_loss_weight < 0 or self.num_class_images < 0:
+            raise ValueError(f"prior_loss_weight is {self.prior_loss_weight}, num_class_images {self.num_class_images}"
+                             ": expected zero or more")  # fmt: skip
+        if self.prior_loss_weight and not self.num_class_images:
+            raise ValueError("prior preservation needs num_class_images of 1 or more, or a prior_loss_weight of 0")
 
     def with_parameters(self, **given) -> Recipe:
         """This recipe with what is not None put in place of its own; `learning_rate` is for every method."""
@@ -411,8 +430,6 @@ class DreamBooth:
     """
 
     def __init__(self, scheduler: DDPMScheduler, instance: Moments, prior: Moments | None, prior_weight: float = 1.0):
-        if prior_weight < 0:
-            raise ValueError(f"prior_loss_weight is {prior_weight}: expected zero or more")
         self.scheduler, self.instance, self.prior, self.prior_weight = scheduler, instance, prior, prior_weight
 
     def losses(self, model: nn.Module, draw: Draw) -> dict[str, torch.Tensor]:
@@ -472,26 +489,26 @@ class Lesson:
 
 def prepare(
     pipeline: StableDiffusionPipeline, subject: Subject, recipe: Recipe, method: str, folder: Path,
-    class_images: Sequence[tuple[str, Image.Image]] = (), resolution: int | None = None, seed: int = 0,
-    checkpoint_steps: int = 0, resume: bool = False,
+    class_images: Sequence[tuple[str, Image.Image]] = (), seed: int = 0, checkpoint_steps: int = 0,
+    resume: bool = False,
 ) -> Lesson:  # fmt: skip
     """Copies U-Net and text encoder of a pipeline in full precision, encodes the pictures, sets up the engine.
 
     Args:
         class_images: (caption, picture) of the class, for prior preservation; none trains without.
-        resolution: pixels a side; the pipeline's own by default.
         checkpoint_steps: steps between two checkpoints in `folder`, 0 keeps none.
 
     Raises:
         ValueError: words, method or settings that cannot work, or a checkpoint of another lesson.
     """
-    check_words(pipeline, recipe.identifier, subject.word)
-    own = with_unet(pipeline, copy.deepcopy(pipeline.unet).float())
-    own.text_encoder = copy.deepcopy(pipeline.text_encoder).float()
+    check_words(pipeline, recipe.identifier, subject)
+    own = own_copy(pipeline)
+    for part in (own.unet, own.text_encoder):
+        part.float()
     if recipe.gradient_checkpointing:
         own.unet.enable_gradient_checkpointing()
     model = Personal(own, method, recipe.train_text_encoder, recipe.lora, seed)
-    side = resolution or own.unet.config.sample_size * own.vae_scale_factor
+    side = recipe.resolution or own.unet.config.sample_size * own.vae_scale_factor
     instance = Moments.of(own, subject.real, subject.captions(recipe.identifier), side)
     prior = Moments.of(own, [p for _, p in class_images], [c for c, _ in class_images], side) if class_images else None
     loss = DreamBooth(DDPMScheduler.from_config(own.scheduler.config), instance, prior, recipe.prior_loss_weight)
@@ -551,5 +568,5 @@ def main() -> None:
     print(",".join(dreambooth_subjects()))
 
 
-if __name__ == "__main__":  # python -m bksdm_utils.run 05 -p subject $(python -m bksdm_utils.dreambooth)
+if __name__ == "__main__":  # run 05 -p preset sd-v1.4 -p subject $(python -m bksdm_utils.dreambooth)
     main()

@@ -283,6 +283,8 @@ class Trainer:
         self.ema = EMAModel(averaged, decay=config.ema_decay, foreach=True)
         self.ema.to(config.ema_device)
         self.step, self.scores, self.tracking = 0, {}, False
+        if not cpu:
+            torch.cuda.reset_peak_memory_stats()  # this run's peak, not that of one before it in this process
         if resume:
             self._load(optimizer)
         elif self.accelerator.is_main_process:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,7 +31,15 @@ from bksdm_utils.dreambooth import (
 from bksdm_utils.engine import Draw
 from bksdm_utils.pictures import picture_path, sample, storybook_prompts
 from bksdm_utils.presets import ROOT
-from bksdm_utils.sampling import Sampling, generate, load_lora, load_pipeline, picture_seed, with_unet
+from bksdm_utils.sampling import (
+    Sampling,
+    generate,
+    load_lora,
+    load_pipeline,
+    model_hash,
+    picture_seed,
+    with_unet,
+)
 from bksdm_utils.scores import ClipJudge, dino
 from bksdm_utils.surgery import build_student
 
@@ -141,7 +150,10 @@ def test_plain_diffusers_draws_the_same(pipeline_dir, subject, tmp_path, method)
     before = np.stack([np.asarray(p) for p in generate(load_pipeline(pipeline_dir), prompts, **FAST)]).astype(int)
     assert np.abs(before - mine).max() > 3
     if method == "lora":
-        merged = load_lora(load_pipeline(pipeline_dir), tmp_path / "saved", ("unet", "text_encoder"))
+        base = load_pipeline(pipeline_dir)
+        key = model_hash(base)
+        merged = load_lora(base, tmp_path / "saved", ("unet", "text_encoder"))
+        assert model_hash(base) == key  # it stays as it was
         merged_drawn = np.stack([np.asarray(p) for p in generate(merged, prompts, **FAST)]).astype(int)
         assert np.abs(merged_drawn - mine).max() <= 1
         merged.save_pretrained(tmp_path / "merged")
@@ -190,6 +202,7 @@ def test_stopped_and_resumed_ends_bit_for_bit_the_same(pipeline, subject, class_
     assert [float(step.losses["loss"]) for step in resumed.steps()] == losses[2:]
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    assert whole.loss.scheduler.config.prediction_type == pipeline.scheduler.config.prediction_type
     checkpoint = sum(p.stat().st_size for p in whole.trainer.checkpoint.rglob("*.safetensors"))
     assert checkpoint < 4 * whole.model.num_trained + 120_000  # of a LoRA the adapters alone
     assert [row["step"] for row in resumed.log.rows] == [1, 2, 3, 4]
@@ -230,6 +243,17 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(pipeline_dir, pipeline, su
         assert torch.equal(one, other)
 
 
+def test_a_v_prediction_pipeline_is_taught_v(pipeline, subject, tmp_path):
+    other = with_unet(pipeline, pipeline.unet)
+    other.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    losses = []
+    for name, base in (("epsilon", pipeline), ("v_prediction", other)):
+        taught = lesson(base, subject, tmp_path / name)
+        assert taught.loss.scheduler.config.prediction_type == name
+        losses.append(float(next(iter(taught.steps())).losses["loss"]))
+    assert losses[0] != losses[1]  # of the same noise
+
+
 def test_the_base_stays_as_it_was(pipeline, subject, tmp_path):
     before = {name: t.clone() for name, t in pipeline.unet.state_dict().items()}
     for _ in lesson(pipeline, subject, tmp_path, "full").steps():
@@ -242,7 +266,7 @@ def test_the_base_stays_as_it_was(pipeline, subject, tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """google/dreambooth's layout, with its thirty names and random tiny pictures."""
+    """google/dreambooth's layout, with thirty subjects of random tiny pictures."""
     folder, rng = tmp_path / "dataset", np.random.default_rng(0)
     classes = {"backpack": "backpack", "bear_plushie": "stuffed animal", "cat2": "cat", "dog2": "dog"}
     classes |= {f"thing{i}": "toy" for i in range(26)}
@@ -252,8 +276,77 @@ def dataset(tmp_path):
             noise = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / name / f"{i:02}.jpg")
     rows = "\n".join(f"{name},{word}" for name, word in classes.items())
-    (folder / "prompts_and_classes.txt").write_text(f"Classes\n\nsubject_name,class\n{rows}\n\nPrompts\n\n'a, b'\n")
+    (folder / "prompts_and_classes.txt").write_text(f"Classes\n\nsubject_name,class\n{rows}\n\n{PROMPTS}")
     return folder
+
+
+# The second half of google/dreambooth's prompts_and_classes.txt (CC BY 4.0): {0} is the identifier, {1} the class.
+PROMPTS = """Prompts
+
+Object Prompts
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} on the beach'.format(unique_token, class_token),
+'a {0} {1} on a cobblestone street'.format(unique_token, class_token),
+'a {0} {1} on top of pink fabric'.format(unique_token, class_token),
+'a {0} {1} on top of a wooden floor'.format(unique_token, class_token),
+'a {0} {1} with a city in the background'.format(unique_token, class_token),
+'a {0} {1} with a mountain in the background'.format(unique_token, class_token),
+'a {0} {1} with a blue house in the background'.format(unique_token, class_token),
+'a {0} {1} on top of a purple rug in a forest'.format(unique_token, class_token),
+'a {0} {1} with a wheat field in the background'.format(unique_token, class_token),
+'a {0} {1} with a tree and autumn leaves in the background'.format(unique_token, class_token),
+'a {0} {1} with the Eiffel Tower in the background'.format(unique_token, class_token),
+'a {0} {1} floating on top of water'.format(unique_token, class_token),
+'a {0} {1} floating in an ocean of milk'.format(unique_token, class_token),
+'a {0} {1} on top of green grass with sunflowers around it'.format(unique_token, class_token),
+'a {0} {1} on top of a mirror'.format(unique_token, class_token),
+'a {0} {1} on top of the sidewalk in a crowded street'.format(unique_token, class_token),
+'a {0} {1} on top of a dirt road'.format(unique_token, class_token),
+'a {0} {1} on top of a white rug'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token),
+'a purple {0} {1}'.format(unique_token, class_token),
+'a shiny {0} {1}'.format(unique_token, class_token),
+'a wet {0} {1}'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a {0} {1} in the snow'.format(unique_token, class_token),
+'a {0} {1} on the beach'.format(unique_token, class_token),
+'a {0} {1} on a cobblestone street'.format(unique_token, class_token),
+'a {0} {1} on top of pink fabric'.format(unique_token, class_token),
+'a {0} {1} on top of a wooden floor'.format(unique_token, class_token),
+'a {0} {1} with a city in the background'.format(unique_token, class_token),
+'a {0} {1} with a mountain in the background'.format(unique_token, class_token),
+'a {0} {1} with a blue house in the background'.format(unique_token, class_token),
+'a {0} {1} on top of a purple rug in a forest'.format(unique_token, class_token),
+'a {0} {1} wearing a red hat'.format(unique_token, class_token),
+'a {0} {1} wearing a santa hat'.format(unique_token, class_token),
+'a {0} {1} wearing a rainbow scarf'.format(unique_token, class_token),
+'a {0} {1} wearing a black top hat and a monocle'.format(unique_token, class_token),
+'a {0} {1} in a chef outfit'.format(unique_token, class_token),
+'a {0} {1} in a firefighter outfit'.format(unique_token, class_token),
+'a {0} {1} in a police outfit'.format(unique_token, class_token),
+'a {0} {1} wearing pink glasses'.format(unique_token, class_token),
+'a {0} {1} wearing a yellow shirt'.format(unique_token, class_token),
+'a {0} {1} in a purple wizard outfit'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token),
+'a purple {0} {1}'.format(unique_token, class_token),
+'a shiny {0} {1}'.format(unique_token, class_token),
+'a wet {0} {1}'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+"""
+
+
+def test_prompts_are_the_papers():
+    listed = [tuple(re.findall(r"^'(.*)'\.format", half, re.MULTILINE)) for half in PROMPTS.split("Live Subject")]
+    ours = [tuple(t.format("{0} {1}") for t in dreambooth_templates(live)) for live in (False, True)]
+    assert ours == listed and all(len(prompts) == 25 for prompts in listed)
 
 
 def test_subjects_are_read_as_google_lays_them_out(dataset):
@@ -263,8 +356,9 @@ def test_subjects_are_read_as_google_lays_them_out(dataset):
     assert bear.prompts("sks", 4)[0].text == "a sks stuffed animal in the jungle" and len(bear.prompts("sks", 4)) == 100
     assert bear.plain_texts(1)[-1] == "a cube shaped stuffed animal"
     assert bear.captions("sks")[0] == "a sks stuffed animal" and bear.class_prompts == ("a stuffed animal",)
-    live, thing = dreambooth_templates("dog"), dreambooth_templates("toy")
-    assert len(set(live)) == len(set(thing)) == 25 and len(set(live) & set(thing)) == 15
+    assert load_subject("dog2", dataset=dataset).templates == dreambooth_templates(True)
+    assert load_subject("backpack", dataset=dataset).templates == dreambooth_templates(False)
+    assert load_subject(str(dataset / "backpack"), "hamster", live=True).templates == dreambooth_templates(True)
     with pytest.raises(ValueError, match="downloads dreambooth"):
         load_subject("dog99", dataset=dataset)
     with pytest.raises(ValueError, match="downloads dreambooth"):
@@ -280,7 +374,10 @@ def test_broken_pictures_are_set_aside_and_empty_folders_refused(tmp_path):
     mine = load_subject(str(tmp_path), "cat")
     assert len(mine.pictures) == 4 and [name for name, _ in mine.skipped] == ["broken.jpg"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no readable picture"):
+    with pytest.raises(ValueError, match="no readable picture.*it is empty"):
+        load_subject(str(tmp_path / "empty"), "cat")
+    (tmp_path / "empty" / "photo.heic").write_bytes(b"of another kind")
+    with pytest.raises(ValueError, match="no readable picture.*photo.heic"):
         load_subject(str(tmp_path / "empty"), "cat")
 
 
@@ -298,18 +395,21 @@ def test_storybooks_characters_are_new_to_the_teacher():
 
 @pytest.mark.parametrize(
     ("identifier", "word", "fault"),
-    [(" ", "cat", "identifier is empty"), ("cat", "cat", "in the class 'cat' already"),
-     ("Cat", "a cat", "already"), ("xqzvwjkypxqzvw", "cat", "splits")],
+    [(" ", "cat", "identifier is empty"), ("cat", "cat", "have cat already"), ("Cat", "cat", "already"),
+     ("red", "cat", "have red already"), ("big z", "cat", "have big already"), ("xqzvwjkypxqzvw", "cat", "splits"),
+     ("z", "hippopotamuses and rhinoceroses", "text encoder reads 18")],
 )  # fmt: skip
-def test_identifiers_that_cannot_work_are_explained(pipeline, identifier, word, fault):
+def test_identifiers_and_classes_that_cannot_work_are_explained(pipeline, subject, identifier, word, fault):
     with pytest.raises(ValueError, match=fault):
-        check_words(pipeline, identifier, word)
+        check_words(pipeline, identifier, replace(subject, word=word))
 
 
-def test_an_identifier_of_several_tokens_is_pointed_out(pipeline, capsys):
-    check_words(pipeline, "sks", "cat")
-    assert "'sks' is 3 tokens" in capsys.readouterr().out
-    check_words(pipeline, "z", "cat")
+def test_words_of_several_tokens_are_pointed_out(pipeline, subject, capsys):
+    check_words(pipeline, "sks", subject)
+    assert "identifier 'sks' is 3 tokens" in capsys.readouterr().out
+    check_words(pipeline, "z", replace(subject, word="dog"))
+    assert "class 'dog' is 3 tokens" in capsys.readouterr().out
+    check_words(pipeline, "z", subject)
     assert capsys.readouterr().out == ""
 
 
@@ -317,8 +417,12 @@ def test_settings_that_cannot_work_are_explained(pipeline_dir, pipeline_xl_dir, 
     for wrong in ({"rank": 0}, {"alpha": -1}, {"targets": ()}):
         with pytest.raises(ValueError, match="lora"):
             Lora(**wrong)
-    with pytest.raises(ValueError, match="no layer of the UNet2DConditionModel is called"):
-        Personal(load_pipeline(pipeline_dir), "lora", lora=Lora(targets=("query",)))
+    for targets in (("query",), ("to_q", "to_w"), ("o_q",)):  # PEFT takes those that it finds
+        with pytest.raises(ValueError, match="no layer of the UNet2DConditionModel is called"):
+            Personal(load_pipeline(pipeline_dir), "lora", lora=Lora(targets=targets))
+    for wrong in ({"prior_loss_weight": -1}, {"num_class_images": -1}, {"num_class_images": 0}):
+        with pytest.raises(ValueError, match="num_class_images"):
+            SMALL.with_parameters(**wrong)
     with pytest.raises(ValueError, match="unknown method 'both'"):
         Personal(pipeline, "both")
     with pytest.raises(ValueError, match="expected SD-v1 or SD-v2"):
@@ -363,22 +467,41 @@ def test_dino_is_loaded_from_files_of_its_format(tmp_path):
 
 
 def test_thirty_subjects_and_twenty_five_prompts_are_drawn_resumed_and_scored(dataset, pipeline, tmp_path):
-    judge, rows = ClipJudge(ROOT / "data" / "storybook" / "clip"), []
+    judge, tables = ClipJudge(ROOT / "data" / "storybook" / "clip"), []
     fast = Sampling(num_inference_steps=4, guidance_scale=1.0)
-    for turn in range(2):  # the second time everything is there
-        rows = []
+    next(
+        iter(
+            sample(
+                pipeline,
+                load_subject("cat2", dataset=dataset).prompts("z", 1)[:9],
+                tmp_path / "pictures" / "cat2",
+                fast,
+                model="base",
+            )
+        )
+    )  # claimed, and stopped before a picture
+    for turn in range(3):  # the second time a part is lost, the third time everything is there
+        rows, lost = [], {"backpack": 7, "thing3": 1} if turn == 1 else {}
         for name in dreambooth_subjects(dataset):
             subject, folder = load_subject(name, dataset=dataset), tmp_path / "pictures" / name
             prompts = subject.prompts("z", 1)
+            for prompt in prompts[: lost.get(name, 0)]:
+                picture_path(folder, prompt.id).unlink()
             steps = list(sample(pipeline, prompts, folder, fast, model="base"))
-            assert (len(steps) == 1) == (turn == 1)
+            assert sum(len(step.newest) for step in steps) == (25 if turn == 0 else lost.get(name, 0))
             drawn = [Image.open(picture_path(folder, p.id)) for p in prompts]
             scores = subject_scores(judge, None, drawn, subject.real, subject.plain_texts(1))
             rows.append({"subject": name, **{score: list(s) for score, s in scores.items()}})
-    table = dreambooth.table(rows)
+        tables.append(dreambooth.table(rows))
+    table = tables[0]
+    assert table.equals(tables[1]) and table.equals(tables[2])
     assert list(table["subject"]) == [*dreambooth_subjects(dataset), "mean"] and len(table) == 31
-    values = [row["clip_i"][0] for row in rows]
-    assert float(table["clip_i"].iloc[-1].split()[0]) == pytest.approx(np.mean(values), abs=0.006)
+    for score in ("clip_i", "clip_t"):
+        assert [float(text.split()[0]) for text in table[score][:30]] == pytest.approx(
+            [row[score][0] for row in rows], abs=0.006
+        )
+        mean = np.mean([row[score][0] for row in rows])
+        assert float(table[score].iloc[-1].split()[0]) == pytest.approx(mean, abs=0.006)
 
 
 def test_prompts_of_the_grid_are_the_samplers(subject):
