@@ -13,6 +13,7 @@ import asyncio
 import copy
 import html
 import json
+import math
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,17 +47,26 @@ class Limits:
 
     Attributes:
         prompt: characters.
-        size: pixels a side of what is drawn.
+        size: pixels a side of what is drawn; None is twice the first model's own.
         megapixels: of a picture to start from.
         waiting: requests in the queue; the next one is told that we are busy.
     """
 
     prompt: int = 1000
     steps: int = 50
-    size: int = 768
+    size: int | None = None
     pictures: int = 4
     megapixels: float = 25.0
     waiting: int = 20
+
+    def __post_init__(self):
+        for name, least in {"prompt": 1, "steps": FEWEST_STEPS, "size": 8, "pictures": 1, "waiting": 1}.items():
+            if (most := getattr(self, name)) is not None and most < least:
+                raise ValueError(f"a limit of {most} {name} lets nobody draw: expected {least} or more")
+
+    def for_model(self, pipeline: Pipeline) -> Limits:
+        """These limits with a size that suits the model where none is set."""
+        return self if self.size else replace(self, size=2 * own_size(pipeline))
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def check(request: Request, limits: Limits) -> None:
     for name, (low, high) in ranges.items():
         _check_number(name, getattr(request, name), low, high)
     if request.size is not None:
-        _check_number("size", request.size, 8, limits.size)
+        _check_number("size", request.size, 8, limits.size or math.inf)
     Sampling(request.seed, request.steps, request.guidance, size=request.size)  # has rules of its own
     if request.picture is not None:
         check_picture(request.picture, limits)
@@ -269,7 +279,7 @@ def app(models: Mapping[str, Pipeline], limits: Limits | None = None):
     Args:
         models: pipelines by the names that stand over their pictures; the first one's settings are offered.
     """
-    gradio, limits = _gradio(), limits or Limits()
+    gradio, limits = _gradio(), (limits or Limits()).for_model(next(iter(models.values())))
     crew = ThreadPoolExecutor(1)  # a stopped drawing and the next one never run at once
     # What was drawn lies in Gradio's folder for the browser to fetch; after an hour it goes.
     with gradio.Blocks(title="BK-SDM", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
@@ -468,15 +478,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int)
     parser.add_argument("--share", action="store_true", help="ask Gradio's servers for a public link")
     for field in fields(Limits):
-        default = "twice the teacher's own" if field.name == "size" else field.default
-        parser.add_argument(f"--{field.name}", type=type(field.default), help=f"the most; default {default}")
+        default = "twice the teacher's own" if field.default is None else field.default
+        kind = float if isinstance(field.default, float) else int
+        parser.add_argument(f"--{field.name}", type=kind, help=f"the most; default {default}")
     chosen = parser.parse_args(arguments)
     by_default = [STUDENT] if chosen.teacher == STORYBOOK.teacher and (ROOT / STUDENT).is_dir() else []
     given = {field.name: getattr(chosen, field.name) for field in fields(Limits)}
     try:
-        models = load_models(chosen.teacher, by_default if chosen.student is None else chosen.student)
-        given["size"] = given["size"] or 2 * own_size(models["teacher"])
         limits = Limits(**{name: value for name, value in given.items() if value is not None})
+        models = load_models(chosen.teacher, by_default if chosen.student is None else chosen.student)
         launch(models, limits, host=chosen.host, port=chosen.port, share=chosen.share)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

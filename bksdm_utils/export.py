@@ -6,12 +6,14 @@ loaded by programs that know nothing of this package.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
 import os
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -38,11 +40,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         ValueError: `folder` is there and not empty, or cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: name another folder, or remove it first")
-    part = folder.with_name(folder.name + ".part")
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is there already: name another folder, or remove it first")
         part.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): name a folder of your own") from error
@@ -63,14 +64,35 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+class NotInstalled(ValueError):
+    """An export needs a package that is not here; the message says how to install it."""
+
+
 def _needs(*packages: str) -> list:
-    """Optional packages, imported; ValueError that says how to install them."""
+    """Optional packages, imported."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
-        raise ValueError(
+        raise NotInstalled(
             f"this export needs {error.name}, which is not installed: pip install -e '.[export]'"
         ) from error
+
+
+def _check_sd(pipeline: StableDiffusionPipeline) -> None:
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise ValueError(f"this export is written for SD-v1 and SD-v2, not for a {type(pipeline).__name__}: export a "
+                         "diffusers folder instead")  # fmt: skip
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    """With vocab.json and merges.txt, which transformers 5 no longer writes and transformers 4 wants."""
+    tokenizer.save_pretrained(folder)
+    if (folder / "vocab.json").is_file():
+        return
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------
@@ -157,30 +179,26 @@ def model_card(card: Card) -> str:
 def save_diffusers(pipeline: StableDiffusionPipeline, folder: str | Path, card: Card) -> Path:
     """A plain diffusers folder with its model card; `from_pretrained(folder)` loads it anywhere.
 
-    The tokenizer also gets vocab.json and merges.txt, and the text encoder's names the prefix `text_model.`, which
-    transformers 5 no longer writes: without them transformers 4 keeps random weights in silence.
+    The text encoder's names get the prefix `text_model.`, which transformers 5 no longer writes: without it
+    transformers 4 keeps random weights in silence.
 
     Raises:
         ValueError: the folder is there already or cannot be written.
     """
     with new_folder(folder) as part:
         pipeline.save_pretrained(part)
-        _write_vocabulary(pipeline.tokenizer, part / "tokenizer")
-        file = part / "text_encoder" / "model.safetensors"
-        save_file({_prefixed(name): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        for number in ("", "_2"):  # SDXL has two
+            if (tokenizer := getattr(pipeline, f"tokenizer{number}", None)) is None:
+                continue
+            _save_tokenizer(tokenizer, part / f"tokenizer{number}")
+            for file in (part / f"text_encoder{number}").glob("*.safetensors"):
+                save_file({_prefixed(name): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
         (part / "README.md").write_text(model_card(card), encoding="utf-8")
     return Path(folder)
 
 
 def _prefixed(name: str) -> str:
     return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
-
-
-def _write_vocabulary(tokenizer, folder: Path) -> None:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
 
 
 # --- single file ------------------------------------------------------------------------------------------------------
@@ -208,6 +226,7 @@ def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name
     Raises:
         ValueError: the layout cannot express the model, or the folder is there already.
     """
+    _check_sd(pipeline)
     unet = with_mid_block(pipeline.unet)
     _check_expressible(unet)
     added = sum(p.numel() for p in unet.parameters()) - sum(p.numel() for p in pipeline.unet.parameters())
@@ -245,9 +264,9 @@ def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _check_expressible(unet: UNet2DConditionModel) -> None:
-    if unet.config.use_linear_projection or unet.config.addition_embed_type:
-        raise ValueError("single files are written for models of SD-v1's kind only: SD-v2 and SDXL name their text "
-                         "encoders otherwise. Export a diffusers folder instead")  # fmt: skip
+    if unet.config.use_linear_projection:
+        raise ValueError("single files are written for models of SD-v1's kind only: SD-v2 names its text encoder "
+                         "otherwise. Export a diffusers folder instead")  # fmt: skip
     layers = {len(block.resnets) for block in unet.down_blocks}
     if len(layers) > 1 or any(len(block.resnets) != max(layers) + 1 for block in unet.up_blocks):
         raise ValueError(f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: export "
@@ -342,7 +361,7 @@ def _save_configs(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     for part in ("unet", "vae", "scheduler"):
         getattr(pipeline, part).save_config(folder / part)
     pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    _save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -382,18 +401,26 @@ class _Decoder(nn.Module):
 def parts(
     pipeline: StableDiffusionPipeline, batch: int = 2
 ) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], str]]:
-    """What a program needs to draw: name -> (network, example of its inputs, name of its output), in full precision."""
+    """What a program needs to draw: name -> (network, example of its inputs, name of its output).
+
+    The networks are copies in full precision: others draw on with the pipeline's own.
+
+    Raises:
+        ValueError: an SDXL pipeline.
+    """
+    _check_sd(pipeline)
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     room, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
     latents = torch.randn(batch, channels, side, side)
-    unet = {"sample": latents, "timestep": torch.tensor(1), "encoder_hidden_states": torch.randn(batch, room, width)}
+    unet = {"sample": latents, "timestep": torch.tensor(1.0), "encoder_hidden_states": torch.randn(batch, room, width)}
     ids = torch.ones(batch, room, dtype=torch.int64)
+    own = {name: copy.deepcopy(getattr(pipeline, name)).to("cpu", torch.float32).eval()
+           for name in ("unet", "text_encoder", "vae")}  # fmt: skip
     return {
-        "unet": (_UNet(pipeline.unet.to("cpu", torch.float32).eval()), unet, "out_sample"),
-        "text_encoder": (_TextEncoder(pipeline.text_encoder.to("cpu", torch.float32).eval()), {"input_ids": ids},
-                         "last_hidden_state"),
-        "vae_decoder": (_Decoder(pipeline.vae.to("cpu", torch.float32).eval()), {"latent_sample": latents}, "sample"),
-    }  # fmt: skip
+        "unet": (_UNet(own["unet"]), unet, "out_sample"),
+        "text_encoder": (_TextEncoder(own["text_encoder"]), {"input_ids": ids}, "last_hidden_state"),
+        "vae_decoder": (_Decoder(own["vae"]), {"latent_sample": latents}, "sample"),
+    }
 
 
 def save_onnx(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
@@ -404,9 +431,10 @@ def save_onnx(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
     those of a full-size U-Net must.
 
     Raises:
-        ValueError: onnx or onnxscript is missing, or the folder is there already.
+        NotInstalled: onnx, onnxscript or onnxruntime, by which draw.py draws, is missing.
+        ValueError: an SDXL pipeline, or the folder is there already.
     """
-    _needs("onnx", "onnxscript")
+    _needs("onnx", "onnxscript", "onnxruntime")
     with new_folder(folder) as part, torch.no_grad():
         for name, (network, inputs, output) in parts(pipeline).items():
             (part / name).mkdir()
@@ -417,7 +445,7 @@ def save_onnx(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
                     network, (), part / name / "model.onnx", kwargs=inputs, input_names=list(inputs), dynamo=True,
                     output_names=[output], dynamic_shapes=shapes, external_data=True, verbose=False,
                 )  # fmt: skip
-        pipeline.tokenizer.save_pretrained(part / "tokenizer")
+        _save_tokenizer(pipeline.tokenizer, part / "tokenizer")
         pipeline.scheduler.save_pretrained(part / "scheduler")
         side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
         (part / "latents.json").write_text(json.dumps([channels, side, side]))
@@ -434,7 +462,8 @@ def save_core_ml(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
     Converted and checked on Linux (`check_core_ml`); not run on Apple hardware.
 
     Raises:
-        ValueError: coremltools is missing, or the folder is there already.
+        NotInstalled: coremltools is missing.
+        ValueError: an SDXL pipeline, or the folder is there already.
     """
     (coremltools,) = _needs("coremltools")
     with new_folder(folder) as part, torch.no_grad():
@@ -461,27 +490,39 @@ def check_core_ml(pipeline: StableDiffusionPipeline, folder: str | Path) -> dict
         network -> how many of its weights were found in the package, bit for bit; that is all of them.
 
     Raises:
-        ValueError: an input has another shape, or a weight is missing, differs or is not finite.
+        ValueError: an input or output has another shape, or a weight is missing, differs or is not finite.
     """
     (coremltools,) = _needs("coremltools")
     found = {}
-    for name, (network, inputs, _) in parts(pipeline).items():
-        with _quiet():
+    for name, (network, inputs, output) in parts(pipeline).items():
+        with _quiet(), torch.no_grad():
             package = coremltools.models.MLModel(str(Path(folder) / f"{name}.mlpackage"), skip_model_load=True)
             stored = coremltools.optimize.coreml.get_weights_metadata(package, weight_threshold=0)
-        shapes = {i.name: tuple(i.type.multiArrayType.shape) for i in package.get_spec().description.input}
-        expected = {key: tuple(tensor.shape) or (1,) for key, tensor in inputs.items()}
+            made = network(**inputs)
+        told = package.get_spec().description
+        shapes = {part.name: tuple(part.type.multiArrayType.shape) for part in (*told.input, *told.output)}
+        expected = {key: tuple(tensor.shape) or (1,) for key, tensor in {**inputs, output: made}.items()}
         if shapes != expected:
-            raise ValueError(f"{name}.mlpackage takes {shapes}: expected {expected}. Export it again")
-        values = {np.asarray(weight.val, np.float32).tobytes() for weight in stored.values()}
+            raise ValueError(f"{name}.mlpackage takes and gives {shapes}: expected {expected}. Export it again")
         weights = dict(network.named_parameters())
         if name == "vae_decoder":
             weights = {k: t for k, t in weights.items() if k.startswith(("vae.decoder", "vae.post_quant_conv"))}
-        lost = [k for k, t in weights.items() if not t.isfinite().all() or t.detach().numpy().tobytes() not in values]
+        lost = _lost({key: np.asarray(weight.val, np.float32).tobytes() for key, weight in stored.items()}, weights)
         if lost:
             raise ValueError(f"{name}.mlpackage lacks or changes {len(lost)} weights, such as {lost[0]}: export again")
         found[name] = len(weights)
     return found
+
+
+def _lost(stored: Mapping[str, bytes], weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of weights that are not finite or not stored under their name; of equal ones one name stands for all."""
+    anywhere = set(stored.values())
+
+    def held(name: str, tensor: torch.Tensor) -> bool:
+        bits, own = tensor.detach().numpy().tobytes(), stored.get(f"p_{name.replace('.', '_')}")
+        return bool(tensor.isfinite().all()) and (bits in anywhere if own is None else bits == own)
+
+    return [name for name, tensor in weights.items() if not held(name, tensor)]
 
 
 def _without_aliases(program):
@@ -506,7 +547,8 @@ def upload(folder: str | Path, repo_id: str | None, push_to_hub: bool = False) -
     folder = Path(folder)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     total = sum(file.stat().st_size for file in files)
-    print(f"to {repo_id or '(no repo_id)'}: {len(files)} files, {total / 1e6:.1f} MB")
+    print(f"to {repo_id or '(no repo_id)'}, which is made private if it is new: {len(files)} files, "
+          f"{total / 1e6:.1f} MB")  # fmt: skip
     for file in files:
         print(f"  {file.relative_to(folder)}  {file.stat().st_size / 1e6:.2f} MB")
     if not push_to_hub:
@@ -518,4 +560,5 @@ def upload(folder: str | Path, repo_id: str | None, push_to_hub: bool = False) -
 
     api = HfApi()
     api.create_repo(repo_id, private=True, exist_ok=True)
+    print(f"{repo_id} is {'private' if api.repo_info(repo_id).private else 'public: everybody sees what comes now'}")
     api.upload_folder(folder_path=folder, repo_id=repo_id)

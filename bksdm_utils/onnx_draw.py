@@ -37,8 +37,11 @@ def draw(folder: Path, prompt: str, seed: int, steps: int, guidance: float) -> I
     latents = latents * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         both = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
-        free, guided = torch.from_numpy(unet(sample=both, timestep=np.array(t), encoder_hidden_states=told)).chunk(2)
-        latents = scheduler.step(free + guidance * (guided - free), t, latents).prev_sample
+        free, guided = torch.from_numpy(
+            unet(sample=both, timestep=np.array(t, np.float32), encoder_hidden_states=told)
+        ).chunk(2)
+        prediction = free + guidance * (guided - free) if guidance > 1 else guided
+        latents = scheduler.step(prediction, t, latents).prev_sample
     pixels = decoder(latent_sample=latents.numpy())[0].transpose(1, 2, 0)
     return Image.fromarray(((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
 

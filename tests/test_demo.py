@@ -17,7 +17,9 @@ from PIL import Image, ImageDraw
 from bksdm_utils import demo, surgery
 from bksdm_utils.costs import count as count_costs
 from bksdm_utils.demo import Limits, Request, check, draw, open_picture
+from bksdm_utils.presets import ROOT
 from bksdm_utils.sampling import load_pipeline, with_scheduler, with_unet
+from bksdm_utils.storybook import render, sample_scene
 
 LIMITS = Limits(steps=2000, waiting=5)
 QUICK = Request("a big red cat at night", steps=4, guidance=2.0)
@@ -62,7 +64,7 @@ REFUSED = [
     ({"steps": 3}, "steps is 3: expected a whole number from 4 to 50"), ({"steps": 51}, "from 4 to 50"),
     ({"steps": 4.0}, "whole number"), ({"pictures": 0}, "from 1 to 4"), ({"pictures": 5}, "from 1 to 4"),
     ({"guidance": 31}, "from 0 to 30"), ({"strength": 1.01}, "from 0 to 1"),
-    ({"size": 60}, "multiple of 8"), ({"size": 776}, "from 8 to 768"), ({"size": 0}, "from 8"),
+    ({"size": 60}, "multiple of 8"), ({"size": 136}, "from 8 to 128"), ({"size": 0}, "from 8"),
     ({"picture": a_picture(), "strength": 0.1, "steps": 4}, "leaves none to draw: expected a strength of 0.25"),
 ]  # fmt: skip
 
@@ -70,7 +72,7 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_a_bad_request_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        check(replace(QUICK, **changes), Limits())
+        check(replace(QUICK, **changes), Limits(size=128))
 
 
 @pytest.mark.parametrize("prompt", ["", "🏠🌳 a house", "بيت أحمر كبير", "a big red house " * 20, "\n\t\x00 <b>&"])
@@ -156,6 +158,21 @@ def test_steps_are_counted_and_weights_shared(pipeline):
     once = count_costs(pipeline.unet.config).macs
     assert demo.macs(pipeline, replace(QUICK, steps=25, pictures=3)) == once * 26 * 3 * 2
     assert demo.macs(pipeline, replace(QUICK, guidance=1.0, picture=a_picture(), strength=0.5)) == once * 2
+
+
+def test_limits_suit_the_model_and_let_somebody_draw(pipeline):
+    assert Limits().for_model(pipeline).size == 128 and Limits(size=24).for_model(pipeline).size == 24
+    for wrong in ({"steps": 3}, {"waiting": 0}, {"size": 0}, {"pictures": 0}):
+        with pytest.raises(ValueError, match="lets nobody draw"):
+            Limits(**wrong)
+
+
+def test_the_stronger_the_less_is_left_of_a_picture():
+    teacher, start = load_pipeline(ROOT / "data" / "storybook" / "teacher"), render(sample_scene(3), 3)
+    request = Request("a small blue cat in the snow", guidance=2.0, steps=20, picture=start)
+    drawings = [draw(teacher, replace(request, strength=strength))[0][0] for strength in (0.05, 0.5, 1.0)]
+    far = [np.abs(np.asarray(drawing, float) - np.asarray(start, float)).mean() for drawing in drawings]
+    assert 2 * far[0] < far[1] < far[2], far
 
 
 def test_image_to_image_keeps_what_strength_leaves(pipeline):
@@ -247,7 +264,7 @@ def test_the_page_draws_from_a_picture(page, models, tmp_path):
 def test_the_page_says_what_it_refuses(page):
     visitor = client(page)
     for changes, said in (({"steps": 2001}, "steps is 2001: expected a whole number from 4 to 2,000"),
-                          ({"size": 4096}, "size is 4096: expected a whole number from 8 to 768"),
+                          ({"size": 4096}, "size is 4096: expected a whole number from 8 to 128"),
                           ({"prompt": "x" * 10_000}, "10,000 characters"), ({"pictures": 1.5}, "pictures is 1.5"),
                           ({"seed": "x"}, "seed is x"), ({"seed": None}, "seed is None")):  # fmt: skip
         with pytest.raises(Exception, match=said):

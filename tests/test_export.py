@@ -1,8 +1,10 @@
 """Exports, loaded by fresh processes that cannot import this package."""
 
+import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bksdm_utils import export
-from bksdm_utils.sampling import load_pipeline, with_unet
+from bksdm_utils.sampling import load_pipeline, with_scheduler, with_unet
 from bksdm_utils.surgery import RemovalPlan, Stage, build_student
 
 CARD = export.Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
@@ -43,12 +45,13 @@ def students(pipeline_dir):
     return {name: with_unet(base, build_student(base.unet, name).eval()) for name in ("bk_base", "bk_small", "bk_tiny")}
 
 
-def drawn(pipeline):
-    pipeline.unet.to(
-        memory_format=torch.contiguous_format
-    )  # as it is loaded elsewhere: another layout rounds otherwise
+def drawn(pipeline, guidance_scale=2.0):
+    for (
+        parameter
+    ) in pipeline.unet.parameters():  # laid out as when it is loaded elsewhere: another layout rounds otherwise
+        parameter.data = torch.empty(parameter.shape).copy_(parameter.data)
     torch.set_num_threads(1)
-    generator, options = torch.Generator().manual_seed(3), {"num_inference_steps": 4, "guidance_scale": 2.0}
+    generator, options = torch.Generator().manual_seed(3), {"num_inference_steps": 4, "guidance_scale": guidance_scale}
     picture = pipeline("a big red cat at night", generator=generator, output_type="np", **options).images[0]
     torch.set_num_threads(THREADS)
     return picture
@@ -66,7 +69,8 @@ def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_p
               "    np.save(n, draw(StableDiffusionPipeline.from_pretrained(n)))", tmp_path)  # fmt: skip
     for name, student in students.items():
         theirs = np.load(tmp_path / f"{name}.npy")
-        assert np.array_equal((theirs * 255).round(), (drawn(student) * 255).round())
+        ours = drawn(student)
+        assert np.array_equal((theirs * 255).round(), (ours * 255).round()) and np.abs(theirs - ours).max() < 1e-6
         plain = UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
         assert all(torch.equal(t, plain[key]) for key, t in student.unet.state_dict().items())
     names = set(load_file(tmp_path / "bk_tiny" / "text_encoder" / "model.safetensors"))
@@ -129,16 +133,31 @@ def test_what_the_original_layout_cannot_express_is_said(pipeline_dir, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+ONNX = """
+import runpy, sys
+sys.modules["bksdm_utils"] = None  # importing it raises
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def drawn_by_onnx(folder, guidance):
+    options = ["--seed", "3", "--steps", "4", "--guidance", str(guidance), "--output", "cat.png"]
+    command = [sys.executable, "-c", ONNX, str(folder / "draw.py"), "a big red cat at night", *options]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.asarray(Image.open(folder.parent / "cat.png")).astype(float)
+
+
 def test_onnx_draws_the_same_picture_elsewhere(students, tmp_path):
     pytest.importorskip("onnxruntime")
     export.save_onnx(students["bk_small"], tmp_path / "onnx")
-    (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, "-I", str(tmp_path / "onnx" / "draw.py"), "a big red cat at night", "--seed", "3",
-               "--steps", "4", "--guidance", "2", "--output", "cat.png"]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = np.asarray(Image.open(tmp_path / "elsewhere" / "cat.png")).astype(float)
+    theirs = drawn_by_onnx(tmp_path / "onnx", 2)
     assert np.abs(theirs - drawn(students["bk_small"]) * 255).mean() < 1
+    assert np.abs(drawn_by_onnx(tmp_path / "onnx", 0) - drawn(students["bk_small"], 0) * 255).mean() < 1
+    # Another schedule may have timesteps that are no whole numbers.
+    euler = with_scheduler(students["bk_small"], "euler")
+    euler.scheduler.save_pretrained(tmp_path / "onnx" / "scheduler")
+    assert np.abs(drawn_by_onnx(tmp_path / "onnx", 2) - drawn(euler) * 255).mean() < 1
     assert np.abs(theirs - drawn(students["bk_tiny"]) * 255).mean() > 1  # the picture depends on the model
     assert "bksdm_utils" not in (tmp_path / "onnx" / "draw.py").read_text()
 
@@ -151,15 +170,50 @@ def test_core_ml_packages_hold_the_weights(students, tmp_path):
     changed = build_student(load_pipeline_unet(students), "bk_small", copy=False)
     with pytest.raises(ValueError, match="lacks or changes"):
         export.check_core_ml(with_unet(students["bk_small"], changed), tmp_path / "core_ml")
+    mixed_up = copy.deepcopy(students["bk_small"].unet)
+    attention = mixed_up.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.to_q, attention.to_k = attention.to_k, attention.to_q
+    with pytest.raises(ValueError, match="changes 2 weights, such as .*to_[kq]"):
+        export.check_core_ml(with_unet(students["bk_small"], mixed_up), tmp_path / "core_ml")
+    larger = copy.deepcopy(students["bk_small"].unet)
+    larger.register_to_config(sample_size=16)
+    with pytest.raises(ValueError, match="takes and gives .*: expected .*16, 16"):
+        export.check_core_ml(with_unet(students["bk_small"], larger), tmp_path / "core_ml")
 
 
 def load_pipeline_unet(students):
     return UNet2DConditionModel.from_config({**students["bk_base"].unet.config, "layers_per_block": 2})
 
 
+def test_an_export_leaves_the_pipeline_as_it_is(students):
+    teacher = students["bk_base"]
+    half = with_unet(teacher, copy.deepcopy(teacher.unet).to(torch.bfloat16))
+    half.text_encoder, half.vae = (copy.deepcopy(p).to(torch.bfloat16) for p in (teacher.text_encoder, teacher.vae))
+    networks = export.parts(half)
+    assert {p.dtype for network, _, _ in networks.values() for p in network.parameters()} == {torch.float32}
+    assert {part.dtype for part in (half.unet, half.text_encoder, half.vae)} == {torch.bfloat16}
+
+
+def test_sdxl_goes_to_a_diffusers_folder_and_nowhere_else(pipeline_xl_dir, tmp_path):
+    large = load_pipeline(pipeline_xl_dir)
+    for save in (export.save_onnx, export.save_core_ml, lambda *a: export.save_single_file(*a, "model")):
+        with pytest.raises(ValueError, match="not for a StableDiffusionXLPipeline"):
+            save(large, tmp_path / "no")
+    export.save_diffusers(large, tmp_path / "xl", CARD)
+    for number in ("", "_2"):
+        assert (tmp_path / "xl" / f"tokenizer{number}" / "merges.txt").is_file()
+        names = load_file(tmp_path / "xl" / f"text_encoder{number}" / "model.safetensors")
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+    again = load_pipeline(tmp_path / "xl").text_encoder_2.state_dict()
+    assert all(torch.equal(t, again[name]) for name, t in large.text_encoder_2.state_dict().items())
+    assert [path.name for path in tmp_path.iterdir()] == ["xl"]
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "thesis.txt").write_text("precious too")
     with pytest.raises(ValueError, match="is there already"):
         export.save_diffusers(students["bk_tiny"], tmp_path / "mine", CARD)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
@@ -169,7 +223,15 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, mon
     monkeypatch.setattr(export, "model_card", lambda card: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "new.part"]
+    assert (tmp_path / "new.part" / "thesis.txt").exists()
+
+    def locked(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", locked)  # root may write anywhere, so no real folder would do
+    with pytest.raises(ValueError, match="cannot be written .Permission denied.: name a folder of your own"):
+        export.save_diffusers(students["bk_tiny"], tmp_path / "locked", CARD)
 
 
 def test_missing_packages_are_named(students, tmp_path, monkeypatch):
@@ -196,6 +258,7 @@ def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Api", (), {
         "create_repo": lambda self, *a, **k: calls.append(("create", a, k)),
         "upload_folder": lambda self, **k: calls.append(("upload", k)),
+        "repo_info": lambda self, name: type("Info", (), {"private": name == "me/student"}),
     })())  # fmt: skip
     export.upload(tmp_path, "me/student")
     assert not calls and "nothing was uploaded" in capsys.readouterr().out
@@ -203,4 +266,6 @@ def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
         export.upload(tmp_path, None, push_to_hub=True)
     export.upload(tmp_path, "me/student", push_to_hub=True)
     assert [call[0] for call in calls] == ["create", "upload"] and calls[0][2]["private"]
-    assert "model.safetensors  0.02 MB" in capsys.readouterr().out
+    assert "model.safetensors  0.02 MB" in (told := capsys.readouterr().out) and "me/student is private" in told
+    export.upload(tmp_path, "me/known", push_to_hub=True)
+    assert "me/known is public: everybody sees" in capsys.readouterr().out
