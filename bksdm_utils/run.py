@@ -3,7 +3,8 @@
     python -m bksdm_utils.run 03 -p variant bk_base,bk_small,bk_tiny -p max_train_steps 200
     python -m bksdm_utils.run all
 
-A value with commas is swept; every combination is one run. Unknown parameters, presets and variants are refused.
+A value with commas is swept; every combination is one run. Of a parameter that is a list itself, such as few_steps,
+semicolons divide what is swept. Unknown parameters, presets and variants are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -33,6 +34,9 @@ if TYPE_CHECKING:  # importing it for real takes seconds that the command line n
     from .surgery import RemovalPlan
 
 NOTEBOOKS = ROOT / "notebooks"
+# Parameters that are lists: a comma is part of one value.
+LISTS = ("students", "guidances", "models", "methods", "lora_targets", "lora_text_targets", "few_steps", "formats",
+         "trackers")  # fmt: skip
 
 
 # --- what a notebook may be told --------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def start(notebook: str, variables: Mapping[str, object]) -> Run:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan, seed = requested_plan(given), given.get("seed") or 0
     variant = plan.name if plan else None
-    folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / folder_name(preset.name, variant))
+    folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / run_name(given))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
     write_json(folder / "config.json", config)
@@ -181,6 +185,15 @@ def folder_name(preset: str, variant: str | None) -> str:
     return re.sub(r"[^\w.=+-]+", "_", f"{preset}-{variant}" if variant else preset)
 
 
+def run_name(parameters: Mapping[str, object], swept: Sequence[str] = ()) -> str:
+    """What a run's folder is called: preset, variant, the subject where one is named, and what is swept."""
+    plan = requested_plan(parameters)
+    named = [key for key in ("subject",) if parameters.get(key)]
+    told = dict.fromkeys(key for key in (*named, *swept) if key not in ("preset", "variant"))
+    name = "-".join([plan.name if plan else "", *(f"{key}_{parameters[key]}" for key in told)]).strip("-")
+    return folder_name(str(parameters.get("preset") or "storybook"), name)
+
+
 def provenance(device: str) -> dict:
     """Device, versions, commit and time of a run."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
@@ -212,6 +225,17 @@ def collect(runs_dir: Path) -> tuple[list[dict], list[tuple[str, str]]]:
         except (OSError, ValueError) as error:
             unreadable.append((str(path), str(error)))
     return results, unreadable
+
+
+def changed(result: Mapping, free: Collection[str] = ()) -> str:
+    """What a collected run was told otherwise than its notebook's defaults: "batch_size 8, seed 1".
+
+    Args:
+        free: parameters that are left out.
+    """
+    defaults = parameters_of(find_notebook(result["notebook"]))
+    told = {name: value for name, value in result["config"].items() if name in defaults and name not in free}
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value != defaults[name])
 
 
 def check(condition: object, proved: str) -> None:
@@ -299,9 +323,12 @@ def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -
     Raises:
         ValueError: an unknown notebook, parameter, preset or variant; nothing has run then.
     """
-    choices = {name: [literal(v) for v in values.split(",")] for name, values in parameters}
+    choices = {
+        name: values.split(";") if name in LISTS else [literal(v) for v in values.split(",")]
+        for name, values in parameters
+    }
     paths = [find_notebook(name) for name in notebooks] if "all" not in notebooks else _all_notebooks(choices)
-    swept = [name for name, values in choices.items() if len(values) > 1 and name not in ("preset", "variant")]
+    swept = [name for name, values in choices.items() if len(values) > 1]
     jobs, several = [], len(paths) > 1 or any(len(values) > 1 for values in choices.values())
     for path, values in itertools.product(paths, itertools.product(*choices.values())):
         given = dict(zip(choices, values, strict=True))
@@ -324,10 +351,7 @@ def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str], seve
     root = Path(str(given["output_dir"])).resolve() if given.get("output_dir") else None
     if root and not several:
         return root
-    values = {**parameters_of(path), **given}
-    plan = requested_plan(values)
-    name = "-".join([plan.name if plan else "", *(f"{key}_{given[key]}" for key in swept)]).strip("-")
-    return (root or ROOT / "outputs") / path.stem / folder_name(str(values.get("preset", "storybook")), name)
+    return (root or ROOT / "outputs") / path.stem / run_name({**parameters_of(path), **given}, swept)
 
 
 def execute(job: Job) -> tuple[str, float, str]:

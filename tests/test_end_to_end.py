@@ -9,7 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from bksdm_utils.dreambooth import Personal
 from bksdm_utils.run import find_notebook
+from bksdm_utils.sampling import load_pipeline, with_unet
 from bksdm_utils.surgery import RemovalPlan, Stage, build_student, find_plan
 
 
@@ -108,10 +110,14 @@ def test_an_own_student_is_evaluated_on_own_captions_and_pictures(tmp_path, pipe
         pictures_dir=str(tmp_path / "pictures"), image_format="jpeg",
     )  # fmt: skip
     metrics = result["metrics"]
-    assert set(metrics["scores"]) == {"teacher", "bk_tiny", "copied", "random"} and metrics["num_images"] == 22
-    assert set(metrics["scores"]["bk_tiny"]) == {"fid", "kid", "inception_score", "clip_score", "distance to teacher"}
+    (name,) = metrics["students"]  # a student that was named is called by its folder, not by the variant
+    assert name.endswith("/student") and metrics["students"][name] == str(tmp_path / "student")
+    assert set(metrics["scores"]) == {"teacher", name, "copied", "random"} and metrics["num_images"] == 22
+    assert {about["scored"] for about in metrics["pictures"].values()} == {22}
+    assert "key" in (tmp_path / "scored" / "scores.csv").read_text().splitlines()[0].split(",")
+    assert set(metrics["scores"][name]) == {"fid", "kid", "inception_score", "clip_score", "distance to teacher"}
     assert len(list((tmp_path / "pictures").glob("*/images/*.jpg"))) == 4 * 22 + 20
-    assert metrics["scores"]["bk_tiny"]["fid"] == metrics["scores"]["copied"]["fid"]  # one and the same network
+    assert metrics["scores"][name]["fid"] == metrics["scores"]["copied"]["fid"]  # one and the same network
     assert (tmp_path / "scored" / "failures.png").exists()
 
 
@@ -142,6 +148,13 @@ def test_an_own_model_learns_an_own_subject(tmp_path, pipeline_dir, pictures):
     assert len((tmp_path / "part" / "bk_base-lora" / "log.csv").read_text().splitlines()) == 1 + 3
     once_more = run_notebook("05", tmp_path / "part", **part)["metrics"]  # nothing is left to learn
     assert once_more["scores"] == again["scores"] and once_more["costs"]["bk_base, lora"]["loss"] > 0
+    assert [point["step"] for point in once_more["along"]["bk_base, lora"]] == [0, 1, 2, 3]
+    drifted = [run_notebook("05", tmp_path / "drift", **part | {"drift_steps": 4})["metrics"] for _ in range(2)]
+    last = "full, no prior, 4 steps"
+    assert drifted[0]["drift"][last] == drifted[1]["drift"][last]  # the second time it had been learned before
+    assert not list((tmp_path / "part").glob("*-full")) and again["costs"]["bk_base, lora"]["peak GB"] > 0
+    with pytest.raises(papermill.PapermillExecutionError, match="unet_emma"):
+        run_notebook("05", tmp_path / "mistyped", **own | {"student": str(tmp_path / "unet_emma")})
 
 
 def test_without_weights_or_subject_dreambooth_says_what_is_missing(tmp_path):
@@ -159,12 +172,36 @@ def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pict
            "picture": str(pictures / "1.png"), "clip": "data/storybook/clip",
            "formats": "diffusers,single_file"}  # fmt: skip
     metrics = run_notebook("06", tmp_path / "played", **own)["metrics"]
+    assert load_pipeline(tmp_path / "played" / "few_step").scheduler.config._class_name == "LCMScheduler"
+    assert load_pipeline(tmp_path / "played" / "few_step").scheduler.config._class_name == "LCMScheduler"
     assert set(metrics["megabytes"]) == {"diffusers", "single_file"} and metrics["difference"]["diffusers"] == 0
     assert {"bk_tiny, DPM-Solver++, 1 steps", "bk_tiny, few-step, 4 steps"} <= set(metrics["few_steps"])
     card = (tmp_path / "played" / "exports" / "diffusers" / "README.md").read_text()
     assert "bk_tiny" in card and "| optimizer steps | not recorded |" in card
     for name in ("playground", "image_to_image", "few_steps", "exports"):
         assert (tmp_path / "played" / f"{name}.png").exists()
+    with_lora = own | {"lora": a_lora(tmp_path / "lora", pipeline_dir, tmp_path / "student"), "lcm_steps": 0,
+                       "formats": "diffusers"}  # fmt: skip
+    assert run_notebook("06", tmp_path / "played", **with_lora)["metrics"]["difference"]["diffusers"] == 0
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "played" / "exports" / "diffusers" / "unet")
+    before = UNet2DConditionModel.from_pretrained(tmp_path / "student").state_dict()
+    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.endswith(("to_q.weight", "to_v.weight")) for name in changed)
+    (tmp_path / "mine" / "exports" / "diffusers").mkdir(parents=True)
+    (tmp_path / "mine" / "exports" / "diffusers" / "thesis.txt").write_text("precious")
+    with pytest.raises(papermill.PapermillExecutionError, match="is there already"):
+        run_notebook("06", tmp_path / "mine", **with_lora)
+    assert (tmp_path / "mine" / "exports" / "diffusers" / "thesis.txt").exists()
+
+
+def a_lora(folder, pipeline_dir, student):
+    pipeline = load_pipeline(pipeline_dir)
+    personal = Personal(with_unet(pipeline, UNet2DConditionModel.from_pretrained(student)), "lora", False)
+    for parameter in personal.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    personal.save(pipeline, folder)
+    return str(folder)
 
 
 def test_without_weights_there_is_nothing_to_play_with_and_it_says_so(tmp_path):

@@ -5,6 +5,7 @@ import re
 import nbformat
 import pytest
 
+from bksdm_utils.presets import ROOT
 from bksdm_utils.run import NOTEBOOKS, find_notebook, parameters_of
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -28,7 +29,14 @@ def code(notebook):
 
 
 def test_there_are_notebooks():
-    assert {path.stem[:2] for path in PATHS} >= {"00", "01", "02", "03", "07"}
+    assert [path.stem[:2] for path in PATHS] == [f"{number:02}" for number in range(8)]
+
+
+def test_no_page_has_a_gap_left_in_it():
+    for page in (ROOT / "README.md", *(ROOT / "data").glob("*.md"), *PATHS):
+        text = page.read_text(encoding="utf-8")
+        gaps = re.findall(r"^[A-Z]{4,}$|\b(?:TODO|FIXME|TBD|[A-Z]{3,} MB|[A-Z]{3}\d in)\b", text, re.MULTILINE)
+        assert not gaps, (page.name, gaps)
 
 
 def test_it_is_valid_and_small(path, notebook):

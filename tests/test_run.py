@@ -61,6 +61,27 @@ def test_a_sweep_runs_every_value_and_goes_on_after_a_failure(notebooks, capfd):
     assert not (bad / "result.json").exists()
 
 
+def test_commas_are_part_of_a_list(notebooks, monkeypatch):
+    monkeypatch.setattr(run, "LISTS", ("number",))
+    assert [job.parameters["number"] for job in run.plan_jobs(["42"], [("number", "1,2;3")])] == ["1,2", "3"]
+    assert [job.parameters["number"] for job in run.plan_jobs(["42"], [("number", "1,2")])] == ["1,2"]
+    monkeypatch.undo()
+    known = {name for path in run.NOTEBOOKS.glob("0*.ipynb") for name in run.parameters_of(path)}
+    assert set(run.LISTS) <= known
+
+
+def test_every_subject_has_a_folder_of_its_own():
+    names = [run.plan_jobs(["05"], [("subject", subject)])[0].dir.name for subject in ("koi", "my/dog", "my/dog,koi")]
+    assert names == ["storybook-bk_small-subject_koi", "storybook-bk_small-subject_my_dog",
+                     "storybook-bk_small-subject_my_dog"]  # fmt: skip
+    assert run.run_name(run.parameters_of(run.find_notebook("05"))) == "storybook-bk_small"
+
+
+def test_what_was_changed_is_told():
+    config = run.parameters_of(run.find_notebook("05")) | {"lora_rank": 4, "seed": 1, "resolved": {}}
+    assert run.changed({"notebook": "05_dreambooth", "config": config}, free=["seed"]) == "lora_rank 4"
+
+
 def test_variants_are_swept_into_the_folders_of_the_design(notebooks):
     jobs = run.plan_jobs(["42"], [("variant", "bk_base,bk_tiny")])
     assert [job.dir.name for job in jobs] == ["storybook-bk_base", "storybook-bk_tiny"]
