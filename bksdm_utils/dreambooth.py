@@ -203,7 +203,7 @@ def check_words(pipeline: Pipeline, identifier: str, subject: Subject) -> None:
     """Says how the tokenizer takes the identifier and the class.
 
     Raises:
-        ValueError: the identifier is empty or a word of the class's prompts, or prompts would be cut off.
+        ValueError: the identifier is empty or a word of the class's prompts, or captions would be cut off.
     """
     if not identifier.strip():
         raise ValueError("identifier is empty: expected a rare word, such as sks")
@@ -213,12 +213,14 @@ def check_words(pipeline: Pipeline, identifier: str, subject: Subject) -> None:
                          f"have {', '.join(sorted(taken))} already, so the subject could not be told from others of "
                          "its kind. Use a rare word, such as sks")  # fmt: skip
     tokenize, room = pipeline.tokenizer.tokenize, pipeline.tokenizer.model_max_length - 2
-    longest = max((*subject.captions(identifier), *(p.text for p in subject.prompts(identifier, 1))),
-                  key=lambda text: len(tokenize(text)))  # fmt: skip
+    longest = max(subject.captions(identifier), key=lambda text: len(tokenize(text)))
     if len(tokenize(longest)) > room:
         raise ValueError(f"the tokenizer splits {longest!r} into {len(tokenize(longest))} tokens, {identifier!r} into "
                          f"{len(tokenize(identifier))} and {subject.word!r} into {len(tokenize(subject.word))} of "
                          f"them: the text encoder reads {room}. Use shorter words")  # fmt: skip
+    cut = [p.text for p in subject.prompts(identifier, 1) if len(tokenize(p.text)) > room]
+    if cut:
+        print(f"the text encoder reads {room} tokens: the ends of {len(cut)} prompts are cut off, such as {cut[0]!r}")
     for name, text in (("identifier", identifier), ("class", subject.word)):
         if len(tokens := tokenize(text)) > len(text.split()):
             print(f"the {name} {text!r} is {len(tokens)} tokens ({' '.join(tokens)}), each known from elsewhere: words "

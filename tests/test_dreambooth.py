@@ -411,6 +411,8 @@ def test_words_of_several_tokens_are_pointed_out(pipeline, subject, capsys):
     assert "class 'dog' is 3 tokens" in capsys.readouterr().out
     check_words(pipeline, "z", subject)
     assert capsys.readouterr().out == ""
+    check_words(pipeline, "z", replace(subject, templates=dreambooth_templates(True)))
+    assert "the ends of 6 prompts are cut off, such as 'a z cat" in capsys.readouterr().out
 
 
 def test_settings_that_cannot_work_are_explained(pipeline_dir, pipeline_xl_dir, pipeline, subject, tmp_path):
