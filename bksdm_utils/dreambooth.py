@@ -384,7 +384,7 @@ class Recipe:
 
 # A network this small learns with larger steps, and needs more adapters than the paper's two to hold a pattern.
 STORYBOOK = Recipe(
-    "tabby", "z", 80, 8, (("full", 3e-4), ("lora", 3e-3)), "cosine", 0, False,
+    "tabby", "z", 80, 8, (("full", 5e-4), ("lora", 1.5e-3)), "cosine", 0, False,
     Lora(targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")), num_class_images=48,
 )  # fmt: skip
 

@@ -1,0 +1,100 @@
+"""Many visitors of the demo page at once: is every answer the right one, does its memory stay flat, what is told?
+
+    python benchmarks/demo.py                             # twenty visitors for a minute
+
+The page runs in a process of its own. A visitor asks, waits, and asks anew with another seed; who finds the queue full
+waits a second. Every answer is compared with what the same request draws here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import gradio_client
+import numpy as np
+import psutil
+from PIL import Image
+
+from bksdm_utils import demo
+from bksdm_utils.presets import STORYBOOK
+from bksdm_utils.run import print_table
+
+PROMPTS = ("a big red boat on the sea", "a small blue cat in the snow", "a big green tree at night")
+
+
+def served(port: int) -> tuple[subprocess.Popen, str]:
+    """The page, started and answering: (process, address)."""
+    command = [sys.executable, "-m", "bksdm_utils.demo", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    address = next(m[0] for line in process.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+    return process, address
+
+
+def visit(address: str, number: int, ending: float, answers: list, told: collections.Counter) -> None:
+    """One visitor, until `ending`: appends (request, pictures) to answers, counts what was told instead."""
+    visitor, chance = gradio_client.Client(address, verbose=False), random.Random(number)
+    while time.monotonic() < ending:
+        prompt, seed = chance.choice(PROMPTS), chance.randrange(6)
+        try:
+            answer = visitor.predict(prompt=prompt, negative_prompt="", seed=seed, steps=4, guidance=2, pictures=1,
+                                     size=64, api_name="/text_to_image")  # fmt: skip
+        except Exception as error:  # the client has several classes for what the page says
+            told[str(error)[:90]] += 1
+            time.sleep(1)
+            continue
+        pictures = [np.asarray(Image.open(item["image"])) for gallery in answer[1::2] for item in gallery]
+        answers.append(((prompt, seed), pictures))
+
+
+def watch(process: psutil.Process, ending: float, memory: list[float]) -> None:
+    """MB that the page holds, once a second."""
+    while time.monotonic() < ending:
+        memory.append(process.memory_info().rss / 1e6)
+        time.sleep(1)
+
+
+def wrong(answers: list) -> int:
+    """How many answers are not what their request draws here, but for a rounded grey level."""
+    students = [demo.STUDENT] if (demo.ROOT / demo.STUDENT).is_dir() else []
+    models, right = demo.load_models(STORYBOOK.teacher, students), {}
+    for prompt, seed in {request for request, _ in answers}:
+        request = demo.Request(prompt, seed=seed, steps=4, guidance=2)
+        right[prompt, seed] = [np.asarray(demo.draw(m, request)[0][0]).astype(int) for m in models.values()]
+    return sum(len(pictures) != len(right[request])
+               or any(np.abs(p - r).max() > 1 for p, r in zip(pictures, right[request], strict=False))
+               for request, pictures in answers)  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--visitors", type=int, default=20)
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--port", type=int, default=7871)
+    chosen = parser.parse_args()
+    process, address = served(chosen.port)
+    try:
+        answers, told, memory = [], collections.Counter(), []
+        visit(address, -1, time.monotonic() + 5, [], told)  # the first drawing takes memory for good
+        ending = time.monotonic() + chosen.seconds
+        with ThreadPoolExecutor(chosen.visitors) as visitors:
+            threading.Thread(target=watch, args=(psutil.Process(process.pid), ending, memory)).start()
+            for number in range(chosen.visitors):
+                visitors.submit(visit, address, number, ending, answers, told)
+    finally:
+        process.terminate()
+    waits = {"answers": len(answers), "wrong": wrong(answers), "MB in the first ten seconds": f"{max(memory[:10]):.0f}",
+             "MB in the last ten": f"{max(memory[-10:]):.0f}"}  # fmt: skip
+    print_table((f"{chosen.visitors} visitors, {chosen.seconds} s", ""), [*waits.items(), *told.items()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a DreamBooth lesson costs: seconds a step and memory, whole and by LoRA, with random weights.
+
+    python benchmarks/dreambooth.py                                          # SD-v1.4's Base at 512 pixels, one step
+    python benchmarks/dreambooth.py --variant teacher,bk_base --steps 100    # for a GPU
+
+Every measurement is a process of its own. BK-SDM's authors say 10 to 20 minutes for 800 steps on an RTX 3090.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from kd import FOLDER, random_teacher
+
+from bksdm_utils import dreambooth, sampling, storybook, surgery
+from bksdm_utils.presets import find_preset
+from bksdm_utils.run import print_table, provenance, write_json
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, float]:
+    """One lesson of so many steps, after one that is not counted."""
+    preset, device = find_preset(chosen.preset), "cuda" if torch.cuda.is_available() else "cpu"
+    place = random_teacher(preset, FOLDER / f"teacher-{preset.name}")
+    pipe = sampling.load_pipeline(place, device, sampling.drawing_dtype(device))
+    if chosen.variant != "teacher":
+        pipe = sampling.with_unet(pipe, surgery.build_student(pipe.unet, chosen.variant))
+    recipe = replace(dreambooth.Recipe(), max_train_steps=1 + chosen.steps, num_class_images=2, identifier="z",
+                     gradient_checkpointing=chosen.gradient_checkpointing)  # fmt: skip
+    subject = dreambooth.load_subject("tabby")
+    class_images = [(p.text, storybook.render(storybook.sample_scene(i), i))
+                    for i, p in enumerate(dreambooth.class_prompts(subject, 2))]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        lesson = dreambooth.prepare(pipe, subject, recipe, chosen.method, Path(folder), class_images)
+        rows = [step.floats() for step in lesson.steps()][1:]
+        return {"seconds_per_step": sum(row["seconds"] for row in rows) / len(rows),
+                "memory_gb": max(row["memory_gb"] for row in rows), "trained": lesson.model.num_trained,
+                "file_mb": lesson.save(Path(folder) / "saved") / 1e6}  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="sd-v1.4")
+    parser.add_argument("--variant", default="bk_base", help="teacher or students' names, with commas")
+    parser.add_argument("--method", default="full,lora")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps that are counted")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--output", type=Path, default=FOLDER / "dreambooth.json")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.measure:
+        write_json(chosen.output, measure(chosen))
+        return
+    results = {}
+    for variant in chosen.variant.split(","):
+        for method in chosen.method.split(","):
+            results[f"{variant}, {method}"] = in_a_process(chosen, variant, method)
+    print_table(("lesson", "s per step", "memory GB", "trained parameters", "file MB"),
+                [(name, f"{m['seconds_per_step']:.2f}", f"{m['memory_gb']:.1f}", f"{m['trained']:,}",
+                  f"{m['file_mb']:.1f}") for name, m in results.items()])  # fmt: skip
+    write_json(chosen.output, {"preset": chosen.preset, "steps": chosen.steps, "lessons": results,
+                               "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu")})  # fmt: skip
+
+
+def in_a_process(chosen: argparse.Namespace, variant: str, method: str) -> dict[str, float]:
+    """`measure` in a fresh process, whose memory is its own."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    output = FOLDER / "lesson.json"
+    checkpointing = ["--gradient-checkpointing"] if chosen.gradient_checkpointing else []
+    command = [sys.executable, __file__, "--measure", "--preset", chosen.preset, "--variant", variant,
+               "--method", method, "--steps", str(chosen.steps), "--output", str(output), *checkpointing]  # fmt: skip
+    subprocess.run(command, check=True)
+    print(f"{variant}, {method} done", flush=True)
+    return json.loads(output.read_text())
+
+
+if __name__ == "__main__":
+    main()
