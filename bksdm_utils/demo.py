@@ -234,6 +234,7 @@ def cut_off(pipeline: Pipeline, text: str) -> str:
 CSS = """
 .drawn img { image-rendering: pixelated; }
 .drawn .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
+.drawn .grid-wrap { overflow: visible !important; }
 .news { min-height: 3.5em; }
 .news progress { width: 100%; height: 0.6em; appearance: none; }
 .news progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 1em; }
