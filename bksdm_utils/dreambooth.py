@@ -496,14 +496,15 @@ def prepare(
 ) -> Lesson:  # fmt: skip
     """Copies U-Net and text encoder of a pipeline in full precision, encodes the pictures, sets up the engine.
 
+    Whether its words can work `check_words` says.
+
     Args:
         class_images: (caption, picture) of the class, for prior preservation; none trains without.
         checkpoint_steps: steps between two checkpoints in `folder`, 0 keeps none.
 
     Raises:
-        ValueError: words, method or settings that cannot work, or a checkpoint of another lesson.
+        ValueError: a method or settings that cannot work, or a checkpoint of another lesson.
     """
-    check_words(pipeline, recipe.identifier, subject)
     own = own_copy(pipeline)
     for part in (own.unet, own.text_encoder):
         part.float()

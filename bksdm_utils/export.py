@@ -68,6 +68,10 @@ class NotInstalled(ValueError):
     """An export needs a package that is not here; the message says how to install it."""
 
 
+class NotExpressible(ValueError):
+    """A format cannot hold this model; the message says which one can."""
+
+
 def _needs(*packages: str) -> list:
     """Optional packages, imported."""
     try:
@@ -80,8 +84,10 @@ def _needs(*packages: str) -> list:
 
 def _check_sd(pipeline: StableDiffusionPipeline) -> None:
     if not isinstance(pipeline, StableDiffusionPipeline):
-        raise ValueError(f"this export is written for SD-v1 and SD-v2, not for a {type(pipeline).__name__}: export a "
-                         "diffusers folder instead")  # fmt: skip
+        raise NotExpressible(
+            f"this export is written for SD-v1 and SD-v2, not for a {type(pipeline).__name__}: export a diffusers "
+            "folder instead"
+        )
 
 
 def _save_tokenizer(tokenizer, folder: Path) -> None:
@@ -224,7 +230,8 @@ def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name
         what whoever passes the file on should know.
 
     Raises:
-        ValueError: the layout cannot express the model, or the folder is there already.
+        NotExpressible: the layout cannot hold the model.
+        ValueError: the folder is there already.
     """
     _check_sd(pipeline)
     unet = with_mid_block(pipeline.unet)
@@ -265,12 +272,16 @@ def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def _check_expressible(unet: UNet2DConditionModel) -> None:
     if unet.config.use_linear_projection:
-        raise ValueError("single files are written for models of SD-v1's kind only: SD-v2 names its text encoder "
-                         "otherwise. Export a diffusers folder instead")  # fmt: skip
+        raise NotExpressible(
+            "single files are written for models of SD-v1's kind only: SD-v2 names its text encoder otherwise. Export "
+            "a diffusers folder instead"
+        )
     layers = {len(block.resnets) for block in unet.down_blocks}
     if len(layers) > 1 or any(len(block.resnets) != max(layers) + 1 for block in unet.up_blocks):
-        raise ValueError(f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: export "
-                         "a diffusers folder instead")  # fmt: skip
+        raise NotExpressible(
+            f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: export a diffusers "
+            "folder instead"
+        )
 
 
 def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -406,7 +417,7 @@ def parts(
     The networks are copies in full precision: others draw on with the pipeline's own.
 
     Raises:
-        ValueError: an SDXL pipeline.
+        NotExpressible: an SDXL pipeline.
     """
     _check_sd(pipeline)
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
@@ -416,6 +427,7 @@ def parts(
     ids = torch.ones(batch, room, dtype=torch.int64)
     own = {name: copy.deepcopy(getattr(pipeline, name)).to("cpu", torch.float32).eval()
            for name in ("unet", "text_encoder", "vae")}  # fmt: skip
+    own["vae"].disable_slicing()  # which a GPU's pipelines have, and which would fix the number of pictures
     return {
         "unet": (_UNet(own["unet"]), unet, "out_sample"),
         "text_encoder": (_TextEncoder(own["text_encoder"]), {"input_ids": ids}, "last_hidden_state"),
@@ -432,7 +444,8 @@ def save_onnx(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
 
     Raises:
         NotInstalled: onnx, onnxscript or onnxruntime, by which draw.py draws, is missing.
-        ValueError: an SDXL pipeline, or the folder is there already.
+        NotExpressible: an SDXL pipeline.
+        ValueError: the folder is there already.
     """
     _needs("onnx", "onnxscript", "onnxruntime")
     with new_folder(folder) as part, torch.no_grad():
@@ -463,7 +476,8 @@ def save_core_ml(pipeline: StableDiffusionPipeline, folder: str | Path) -> Path:
 
     Raises:
         NotInstalled: coremltools is missing.
-        ValueError: an SDXL pipeline, or the folder is there already.
+        NotExpressible: an SDXL pipeline.
+        ValueError: the folder is there already.
     """
     (coremltools,) = _needs("coremltools")
     with new_folder(folder) as part, torch.no_grad():

@@ -191,7 +191,8 @@ def sample(
         Progress at the beginning and after every pass.
 
     Raises:
-        ValueError: the folder holds another model's pictures, or other settings' or prompts'; or ids cannot be used.
+        ValueError: the folder holds another model's pictures, or other settings' or prompts'; ids cannot be used, or
+            the scheduler needs more steps.
     """
     check_prompts(prompts)
     check_steps(pipeline, sampling)
@@ -331,6 +332,17 @@ def forget(folder: Path, prompts: Sequence[Prompt]) -> None:
     with alone(folder, wait=True):
         for prompt in prompts:
             picture_path(folder, prompt.id).unlink(missing_ok=True)
+        _without(folder, {prompt.id for prompt in prompts})
+
+
+def _without(folder: Path, ids: set[str]) -> None:
+    """Drops the lines of these ids from a folder's manifests."""
+    left = [drawn for drawn in read_manifest(folder) if drawn.id not in ids]
+    part = folder / "manifest.part"
+    part.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in left), encoding="utf-8")
+    for path in folder.glob("manifest-*.jsonl"):
+        path.unlink()
+    os.replace(part, folder / "manifest-0.jsonl")
 
 
 def _image_format(folder: Path) -> str:

@@ -52,7 +52,7 @@ def check_same(folder: Path, config: Mapping[str, object]) -> None:
     """Raises ValueError where processes of another config are at work in `folder`."""
     if running(folder) and _note(folder)["config"] != json.loads(json.dumps(_fixed(config))):
         raise ValueError(f"a run with other settings is at work in {folder}: wait for it, or stop it by "
-                         f"bksdm_utils.processes.stop, or use another output_dir")  # fmt: skip
+                         f"bksdm_utils.processes.stop, or use another folder")  # fmt: skip
 
 
 def _fixed(config: Mapping[str, object]) -> dict:

@@ -324,7 +324,9 @@ def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -
         ValueError: an unknown notebook, parameter, preset or variant; nothing has run then.
     """
     choices = {
-        name: values.split(";") if name in LISTS else [literal(v) for v in values.split(",")]
+        name: [None if v.lower() == "none" else v for v in values.split(";")]
+        if name in LISTS
+        else [literal(v) for v in values.split(",")]
         for name, values in parameters
     }
     paths = [find_notebook(name) for name in notebooks] if "all" not in notebooks else _all_notebooks(choices)

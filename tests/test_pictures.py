@@ -148,7 +148,9 @@ def test_only_the_pictures_asked_for_are_forgotten(pipeline, tmp_path, monkeypat
     pictures.forget(tmp_path / "nothing", prompts)
     run(pipeline, prompts, tmp_path)
     pictures.forget(tmp_path, prompts[:2])
-    assert set(whole_pictures(tmp_path)) == {p.id for p in prompts[2:]}
+    assert (
+        set(whole_pictures(tmp_path)) == {p.id for p in prompts[2:]} == {drawn.id for drawn in read_manifest(tmp_path)}
+    )
     monkeypatch.setattr(processes, "running", lambda folder: True)
     with pytest.raises(ValueError, match="is being filled"):
         pictures.forget(tmp_path, prompts)

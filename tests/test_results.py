@@ -27,7 +27,7 @@ def a_training(folder, score, **config):
     a_run(folder, "03_kd_training", {"seed": 0} | config, metrics)
 
 
-def an_evaluation(folder, protocol, captions, student):
+def an_evaluation(folder, protocol, captions, student, **config):
     models = ("teacher", "bk_small", "random")
     metrics = {
         "protocol": protocol, "num_images": captions, "students": {"bk_small": str(student / "unet_ema")},
@@ -35,7 +35,7 @@ def an_evaluation(folder, protocol, captions, student):
         "unets": {model: {"params": 10, "macs": 20, "latency": 0.1} for model in models},
         "pictures": {model: {"scored": captions - (model == "bk_small")} for model in models},
     }  # fmt: skip
-    a_run(folder, "04_coco_evaluation", {}, metrics)
+    a_run(folder, "04_coco_evaluation", config, metrics)
 
 
 def a_lesson(folder, subject, clip_i, **config):
@@ -54,6 +54,10 @@ def runs(tmp_path_factory):
     a_training(kd / "d", 0.9, batch_size=8)
     an_evaluation(scored / "e", "storybook", 128, kd / "c")
     an_evaluation(scored / "f", "clean", 40, kd / "nowhere")
+    an_evaluation(scored / "h", "storybook", 128, kd / "c", guidance_scale=4)
+    a_run(
+        scored / "i", "04_coco_evaluation", {}, {"scores": {"teacher": {}}, "students": ["bk_small"]}
+    )  # of an old version
     a_lesson(taught / "g", "dog2", 0.3)
     a_lesson(taught / "h", "cat2", 0.5)
     a_lesson(taught / "i", "dog2", 0.9, lora_rank=4)
@@ -87,10 +91,12 @@ def test_students_are_averaged_over_nothing_but_seeds(results):
 
 def test_scores_stand_beside_their_protocol_pictures_and_training(results):
     scores = table(results, "scores")
-    assert list(scores["pictures"]) == ["128", "127", "128", "40", "39", "40"]
-    assert list(scores["minutes"]) == ["", "1.0", "", "", "", ""]  # of the very student that was scored
+    assert list(scores["pictures"]) == ["128", "127", "128", "40", "39", "40", "128", "127", "128"]
+    assert list(scores["minutes"]) == ["", "1.0", "", "", "", "", "", "1.0", ""]  # of the very student that was scored
+    assert list(scores["settings"]) == [""] * 6 + ["guidance_scale 4"] * 3
     drawn = {path.name for path in results.glob("tradeoff*.png")}
-    assert drawn == {"tradeoff_storybook-storybook-128.png", "tradeoff_storybook-clean-40.png"}
+    assert drawn == {"tradeoff_0_storybook-clean.png", "tradeoff_1_storybook-storybook.png",
+                     "tradeoff_2_storybook-storybook.png"}  # fmt: skip
 
 
 def test_subjects_are_averaged_over_equal_lessons(results):

@@ -63,7 +63,8 @@ def test_a_sweep_runs_every_value_and_goes_on_after_a_failure(notebooks, capfd):
 
 def test_commas_are_part_of_a_list(notebooks, monkeypatch):
     monkeypatch.setattr(run, "LISTS", ("number",))
-    assert [job.parameters["number"] for job in run.plan_jobs(["42"], [("number", "1,2;3")])] == ["1,2", "3"]
+    assert [job.parameters["number"] for job in run.plan_jobs(["42"], [("number", "1,2;3;none")])] == [
+        "1,2", "3", None]  # fmt: skip
     assert [job.parameters["number"] for job in run.plan_jobs(["42"], [("number", "1,2")])] == ["1,2"]
     monkeypatch.undo()
     known = {name for path in run.NOTEBOOKS.glob("0*.ipynb") for name in run.parameters_of(path)}
