@@ -191,6 +191,18 @@ def test_a_training_that_fails_says_so_with_its_own_words(narrow, tmp_path):
         list(processes.follow(tmp_path / "run", every=0.1))
 
 
+def written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def linger(seconds, folder):
+    """Waits so long, but no longer than it takes to learn for three steps: other work slows one start and not the next,
+    and a run shall not come to its end before its kills."""
+    before, ending = len(read_log(folder / "log.csv")), time.monotonic() + seconds
+    while time.monotonic() < ending and len(read_log(folder / "log.csv")) - before < 3:
+        time.sleep(0.01)
+
+
 def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     """SIGKILL while loading, encoding the cache, training, judging and writing checkpoints."""
     parameters = {"max_train_steps": 60, "batch_size": 4, "validation_steps": 5, "num_validation_images": 2,
@@ -208,13 +220,11 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
     training_time = time.monotonic() - began - loading
     folder, chance = tmp_path / "killed", random.Random(0)
     for kill in range(20):  # the first ones in the time of loading and encoding, the others while it trains
+        stamp = written(folder / "log.csv")
         child = start(folder)
         if kill >= 5:
-            stamp = (folder / "log.csv").stat().st_mtime_ns if (folder / "log.csv").exists() else 0
-            wait_for(lambda: (folder / "log.csv").exists() and (folder / "log.csv").stat().st_mtime_ns != stamp)  # noqa: B023
-            time.sleep(chance.uniform(0, training_time / 24))
-        else:
-            time.sleep(chance.uniform(loading / 2, loading))
+            wait_for(lambda: written(folder / "log.csv") != stamp)  # noqa: B023
+        linger(chance.uniform(0, training_time / 24) if kill >= 5 else chance.uniform(loading / 2, loading), folder)
         child.kill()
         if child.wait() == 0:  # a machine in a hurry may end the run before its twentieth kill
             break
