@@ -34,7 +34,16 @@ from . import storybook
 from .costs import count
 from .data import to_pixels
 from .presets import ROOT, STORYBOOK
-from .sampling import Pipeline, Sampling, load_pipeline, load_unet, picture_seed, with_scheduler, with_unet
+from .sampling import (
+    Pipeline,
+    Sampling,
+    for_one_thread,
+    load_pipeline,
+    load_unet,
+    picture_seed,
+    with_scheduler,
+    with_unet,
+)
 
 FEWEST_STEPS = 4  # PNDM needs them
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others include PostScript, which is a program
@@ -189,22 +198,26 @@ def draw(
 
 
 def _member(pipeline: Pipeline, request: Request) -> DiffusionPipeline:
-    """A pipeline around the same weights, for one drawing: a scheduler and a pipeline remember where they are."""
-    scheduler = pipeline.scheduler
-    if request.picture is not None and type(scheduler).__name__ == "PNDMScheduler":
-        # PNDM takes its first timestep twice. Begun in the middle it runs one step behind, and noise stays.
-        scheduler = with_scheduler(pipeline, "dpm++").scheduler
-    member = with_unet(pipeline, pipeline.unet)
-    member.scheduler = copy.deepcopy(scheduler)
+    """A pipeline around the same weights, for one drawing."""
+    member = for_one_thread(pipeline)
+    member.scheduler = _scheduler(pipeline, request)
     if request.picture is not None:
         member = AutoPipelineForImage2Image.from_pipe(member)
         member.set_progress_bar_config(disable=True)
     return member
 
 
+def _scheduler(pipeline: Pipeline, request: Request):
+    """A scheduler for one drawing."""
+    if request.picture is not None and type(pipeline.scheduler).__name__ == "PNDMScheduler":
+        # PNDM takes its first timestep twice. Begun in the middle it runs one step behind, and noise stays.
+        return with_scheduler(pipeline, "dpm++").scheduler
+    return copy.deepcopy(pipeline.scheduler)
+
+
 def evaluations(pipeline: Pipeline, request: Request) -> int:
     """How often the U-Net is called for a request: PNDM does so once more than it has steps."""
-    scheduler = _member(pipeline, request).scheduler
+    scheduler = _scheduler(pipeline, request)
     scheduler.set_timesteps(request.steps)
     drawn = min(int(request.steps * request.strength), request.steps)
     skipped = 0 if request.picture is None else request.steps - drawn

@@ -130,6 +130,18 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     return swapped
 
 
+def for_one_thread(pipeline: Pipeline) -> Pipeline:
+    """The same networks, with a scheduler and tokenizers of its own, for no two threads may share those.
+
+    A scheduler remembers where it is; a tokenizer whether the last call wanted texts cut off and filled up.
+    """
+    member = with_unet(pipeline, pipeline.unet)
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        if hasattr(member, name):
+            setattr(member, name, copy.deepcopy(getattr(member, name)))
+    return member
+
+
 def own_copy(pipeline: Pipeline) -> Pipeline:
     """The same pipeline with U-Net and text encoder of its own: to change them leaves the first one as it is."""
     own = with_unet(pipeline, copy.deepcopy(pipeline.unet))
@@ -310,10 +322,8 @@ def draw(
     pipeline = with_scheduler(pipeline, sampling.scheduler)
     size, workers = _passes(pipeline, sampling)
     crew = queue.SimpleQueue()
-    for _ in range(workers):  # a scheduler remembers where it is, so each worker has its own
-        member = with_unet(pipeline, pipeline.unet)
-        member.scheduler = copy.deepcopy(pipeline.scheduler)
-        crew.put(member)
+    for _ in range(workers):
+        crew.put(for_one_thread(pipeline))
 
     def one_pass(start: int) -> list[Image.Image]:
         member = crew.get()

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from bksdm_utils import surgery
 from bksdm_utils.presets import Missing
@@ -30,6 +31,19 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline_dir):
         ((alone,),) = draw(pipeline, prompts[i : i + 1], seeds[i : i + 1], sampling)
         assert np.array_equal(np.asarray(picture), np.asarray(alone))
     assert picture_seed(3, 0) != picture_seed(3, 1) != picture_seed(4, 1)
+
+
+def test_threads_do_not_cut_off_each_others_captions(pipeline_dir):
+    """Captions longer than the text encoder reads, drawn in several threads: once their tokenizer was shared."""
+    pipeline, threads = load_pipeline(pipeline_dir), torch.get_num_threads()
+    texts = [f"a big red cat and {i} more things that nobody will ever read to the very end of it" for i in range(64)]
+    sampling, seeds = Sampling(num_inference_steps=4, guidance_scale=1.0), list(range(64))
+    drawn = []
+    for workers in (1, 4):
+        torch.set_num_threads(workers)
+        drawn.append([np.asarray(p) for some in draw(pipeline, texts, seeds, sampling) for p in some])
+    torch.set_num_threads(threads)
+    assert np.array_equal(*drawn)
 
 
 def test_the_unet_is_swapped_and_the_original_kept(pipeline_dir):
