@@ -87,8 +87,9 @@ def main() -> None:
         ending = time.monotonic() + chosen.seconds
         with ThreadPoolExecutor(chosen.visitors) as visitors:
             threading.Thread(target=watch, args=(psutil.Process(process.pid), ending, memory)).start()
-            for number in range(chosen.visitors):
-                visitors.submit(visit, address, number, ending, answers, told)
+            coming = [visitors.submit(visit, address, n, ending, answers, told) for n in range(chosen.visitors)]
+        for visitor in coming:
+            visitor.result()  # one who could not even come in is an error
     finally:
         process.terminate()
     waits = {"answers": len(answers), "wrong": wrong(answers), "MB in the first ten seconds": f"{max(memory[:10]):.0f}",

@@ -188,8 +188,8 @@ def folder_name(preset: str, variant: str | None) -> str:
 def run_name(parameters: Mapping[str, object], swept: Sequence[str] = ()) -> str:
     """What a run's folder is called: preset, variant, the subject where one is named, and what is swept."""
     plan = requested_plan(parameters)
-    named = [key for key in ("subject",) if parameters.get(key)]
-    told = dict.fromkeys(key for key in (*named, *swept) if key not in ("preset", "variant"))
+    subject = ["subject"] if parameters.get("subject") else []
+    told = dict.fromkeys(key for key in (*subject, *swept) if key not in ("preset", "variant"))
     name = "-".join([plan.name if plan else "", *(f"{key}_{parameters[key]}" for key in told)]).strip("-")
     return folder_name(str(parameters.get("preset") or "storybook"), name)
 

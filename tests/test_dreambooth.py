@@ -281,72 +281,64 @@ def dataset(tmp_path):
 
 
 # The second half of google/dreambooth's prompts_and_classes.txt (CC BY 4.0): {0} is the identifier, {1} the class.
-PROMPTS = """Prompts
-
-Object Prompts
-prompt_list = [
-'a {0} {1} in the jungle'.format(unique_token, class_token),
-'a {0} {1} in the snow'.format(unique_token, class_token),
-'a {0} {1} on the beach'.format(unique_token, class_token),
-'a {0} {1} on a cobblestone street'.format(unique_token, class_token),
-'a {0} {1} on top of pink fabric'.format(unique_token, class_token),
-'a {0} {1} on top of a wooden floor'.format(unique_token, class_token),
-'a {0} {1} with a city in the background'.format(unique_token, class_token),
-'a {0} {1} with a mountain in the background'.format(unique_token, class_token),
-'a {0} {1} with a blue house in the background'.format(unique_token, class_token),
-'a {0} {1} on top of a purple rug in a forest'.format(unique_token, class_token),
-'a {0} {1} with a wheat field in the background'.format(unique_token, class_token),
-'a {0} {1} with a tree and autumn leaves in the background'.format(unique_token, class_token),
-'a {0} {1} with the Eiffel Tower in the background'.format(unique_token, class_token),
-'a {0} {1} floating on top of water'.format(unique_token, class_token),
-'a {0} {1} floating in an ocean of milk'.format(unique_token, class_token),
-'a {0} {1} on top of green grass with sunflowers around it'.format(unique_token, class_token),
-'a {0} {1} on top of a mirror'.format(unique_token, class_token),
-'a {0} {1} on top of the sidewalk in a crowded street'.format(unique_token, class_token),
-'a {0} {1} on top of a dirt road'.format(unique_token, class_token),
-'a {0} {1} on top of a white rug'.format(unique_token, class_token),
-'a red {0} {1}'.format(unique_token, class_token),
-'a purple {0} {1}'.format(unique_token, class_token),
-'a shiny {0} {1}'.format(unique_token, class_token),
-'a wet {0} {1}'.format(unique_token, class_token),
-'a cube shaped {0} {1}'.format(unique_token, class_token)
-]
-
-Live Subject Prompts
-prompt_list = [
-'a {0} {1} in the jungle'.format(unique_token, class_token),
-'a {0} {1} in the snow'.format(unique_token, class_token),
-'a {0} {1} on the beach'.format(unique_token, class_token),
-'a {0} {1} on a cobblestone street'.format(unique_token, class_token),
-'a {0} {1} on top of pink fabric'.format(unique_token, class_token),
-'a {0} {1} on top of a wooden floor'.format(unique_token, class_token),
-'a {0} {1} with a city in the background'.format(unique_token, class_token),
-'a {0} {1} with a mountain in the background'.format(unique_token, class_token),
-'a {0} {1} with a blue house in the background'.format(unique_token, class_token),
-'a {0} {1} on top of a purple rug in a forest'.format(unique_token, class_token),
-'a {0} {1} wearing a red hat'.format(unique_token, class_token),
-'a {0} {1} wearing a santa hat'.format(unique_token, class_token),
-'a {0} {1} wearing a rainbow scarf'.format(unique_token, class_token),
-'a {0} {1} wearing a black top hat and a monocle'.format(unique_token, class_token),
-'a {0} {1} in a chef outfit'.format(unique_token, class_token),
-'a {0} {1} in a firefighter outfit'.format(unique_token, class_token),
-'a {0} {1} in a police outfit'.format(unique_token, class_token),
-'a {0} {1} wearing pink glasses'.format(unique_token, class_token),
-'a {0} {1} wearing a yellow shirt'.format(unique_token, class_token),
-'a {0} {1} in a purple wizard outfit'.format(unique_token, class_token),
-'a red {0} {1}'.format(unique_token, class_token),
-'a purple {0} {1}'.format(unique_token, class_token),
-'a shiny {0} {1}'.format(unique_token, class_token),
-'a wet {0} {1}'.format(unique_token, class_token),
-'a cube shaped {0} {1}'.format(unique_token, class_token)
-]
+ANYWHERE = """\
+'a {0} {1} in the jungle'
+'a {0} {1} in the snow'
+'a {0} {1} on the beach'
+'a {0} {1} on a cobblestone street'
+'a {0} {1} on top of pink fabric'
+'a {0} {1} on top of a wooden floor'
+'a {0} {1} with a city in the background'
+'a {0} {1} with a mountain in the background'
+'a {0} {1} with a blue house in the background'
+'a {0} {1} on top of a purple rug in a forest'
+"""
+THINGS = """\
+'a {0} {1} with a wheat field in the background'
+'a {0} {1} with a tree and autumn leaves in the background'
+'a {0} {1} with the Eiffel Tower in the background'
+'a {0} {1} floating on top of water'
+'a {0} {1} floating in an ocean of milk'
+'a {0} {1} on top of green grass with sunflowers around it'
+'a {0} {1} on top of a mirror'
+'a {0} {1} on top of the sidewalk in a crowded street'
+'a {0} {1} on top of a dirt road'
+'a {0} {1} on top of a white rug'
+"""
+LIVING = """\
+'a {0} {1} wearing a red hat'
+'a {0} {1} wearing a santa hat'
+'a {0} {1} wearing a rainbow scarf'
+'a {0} {1} wearing a black top hat and a monocle'
+'a {0} {1} in a chef outfit'
+'a {0} {1} in a firefighter outfit'
+'a {0} {1} in a police outfit'
+'a {0} {1} wearing pink glasses'
+'a {0} {1} wearing a yellow shirt'
+'a {0} {1} in a purple wizard outfit'
+"""
+LOOKS = """\
+'a red {0} {1}'
+'a purple {0} {1}'
+'a shiny {0} {1}'
+'a wet {0} {1}'
+'a cube shaped {0} {1}'
 """
 
 
+def listed(*prompts):
+    """Prompts as that file lists them."""
+    return "prompt_list = [\n" + "".join(prompts).replace("'\n", "'.format(unique_token, class_token),\n") + "]\n"
+
+
+PROMPTS = "Prompts\n\nObject Prompts\n" + listed(ANYWHERE, THINGS, LOOKS)
+PROMPTS += "\nLive Subject Prompts\n" + listed(ANYWHERE, LIVING, LOOKS)
+
+
 def test_prompts_are_the_papers():
-    listed = [tuple(re.findall(r"^'(.*)'\.format", half, re.MULTILINE)) for half in PROMPTS.split("Live Subject")]
+    theirs = [tuple(re.findall(r"^'(.*)'\.format", half, re.MULTILINE)) for half in PROMPTS.split("Live Subject")]
     ours = [tuple(t.format("{0} {1}") for t in dreambooth_templates(live)) for live in (False, True)]
-    assert ours == listed and all(len(prompts) == 25 for prompts in listed)
+    assert ours == theirs and all(len(prompts) == 25 for prompts in theirs)
 
 
 def test_subjects_are_read_as_google_lays_them_out(dataset):
