@@ -159,8 +159,6 @@ def measure(mode: str, config: dict, folder: Path, steps: int) -> None:
     """Runs one loop and writes what it did; called in a process of its own, or in several that share the work."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = PartialState(cpu=device == "cpu")
-    if device == "cuda":
-        torch.cuda.set_device(state.device)
     loop = plain(config, device) if mode == "plain" else ours(config, device, folder)
     for _ in range(WARM_UP):
         next(loop)

@@ -481,8 +481,6 @@ def _given(parameters: Sequence[tuple[str, str]]) -> tuple[Job, Sampling]:
 def _draw_to_the_end(folder: Path, job: Job, sampling: Sampling) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = PartialState(cpu=device == "cpu")
-    if device == "cuda":
-        torch.cuda.set_device(state.device)
     prompts = job.read_prompts()
     pipeline, said = job.load(device), -1
     for progress in sample(pipeline, prompts, folder, sampling):

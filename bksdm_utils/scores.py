@@ -341,12 +341,16 @@ def fid(features, real) -> float:
     but many times faster at 2,048 dimensions, and sound where there are fewer pictures than dimensions.
 
     Args:
-        features, real: `Statistics`, or rows (N, D).
+        features, real: `Statistics`, or rows (N, D), on any device.
     """
-    drawn, real = (s if isinstance(s, Statistics) else Statistics.of(np.asarray(s)) for s in (features, real))
+    drawn, real = (s if isinstance(s, Statistics) else Statistics.of(_on_cpu(s)) for s in (features, real))
     difference = drawn.mean - real.mean
     roots = np.sqrt(np.linalg.eigvalsh(real.root @ drawn.covariance @ real.root).clip(0)).sum()
     return float(difference @ difference + np.trace(drawn.covariance) + np.trace(real.covariance) - 2 * roots)
+
+
+def _on_cpu(rows) -> np.ndarray:
+    return rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
 
 
 def kid(features: np.ndarray, real: np.ndarray, subsets: int = 100) -> Score:

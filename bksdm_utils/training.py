@@ -235,8 +235,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(chosen.config, configure(find_notebook("03"), given)[0])
     state.wait_for_everyone()
     config, folder = json.loads(chosen.config.read_text(encoding="utf-8")), chosen.config.parent
-    if device == "cuda":
-        torch.cuda.set_device(state.device)
     try:
         with alone(folder):
             training = prepare(config, folder, device)
