@@ -22,14 +22,14 @@ setup: .venv/ready ## make .venv with the pinned packages and this one
 	@touch $@
 
 workbook: .venv/ready ## run all notebooks on the storybook preset; results, pictures and .html go to outputs/
-	$(BIN)/python -m bksdm_utils.run all
+	$(BIN)/python -m bksdm_utils.workbook.headless all
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest
 
 results: .venv/ready ## the README's table: all three students with three seeds each, about an hour on two cores
-	$(BIN)/python -m bksdm_utils.run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
-	$(BIN)/python -m bksdm_utils.run 07 -p readme README.md
+	$(BIN)/python -m bksdm_utils.workbook.headless 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
+	$(BIN)/python -m bksdm_utils.workbook.headless 07 -p readme README.md
 
 bench: .venv/ready ## speed of distillation, sampling and scoring beside plain loops, as ratios, in about a quarter of an hour
 	$(BIN)/python benchmarks/kd.py

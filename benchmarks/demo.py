@@ -23,9 +23,11 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from bksdm_utils import demo
-from bksdm_utils.presets import STORYBOOK
-from bksdm_utils.run import print_table
+from bksdm_utils.config.presets import STORYBOOK
+from bksdm_utils.deploy.demo import STUDENT, load_models
+from bksdm_utils.deploy.playground import Request, generate_request
+from bksdm_utils.files import ROOT
+from bksdm_utils.workbook.headless import print_table
 
 PROMPTS = ("a big red boat on the sea", "a small blue cat in the snow", "a big green tree at night")
 
@@ -63,11 +65,11 @@ def watch(process: psutil.Process, ending: float, memory: list[float]) -> None:
 
 def wrong(answers: list) -> int:
     """How many answers are not what their request draws here, but for a rounded grey level."""
-    students = [demo.STUDENT] if (demo.ROOT / demo.STUDENT).is_dir() else []
-    models, right = demo.load_models(STORYBOOK.teacher, students), {}
+    students = [STUDENT] if (ROOT / STUDENT).is_dir() else []
+    models, right = load_models(STORYBOOK.teacher, students), {}
     for prompt, seed in {request for request, _ in answers}:
-        request = demo.Request(prompt, seed=seed, steps=4, guidance=2)
-        right[prompt, seed] = [np.asarray(demo.draw(m, request)[0][0]).astype(int) for m in models.values()]
+        request = Request(prompt, seed=seed, steps=4, guidance=2)
+        right[prompt, seed] = [np.asarray(generate_request(m, request)[0][0]).astype(int) for m in models.values()]
     return sum(len(pictures) != len(right[request])
                or any(np.abs(p - r).max() > 1 for p, r in zip(pictures, right[request], strict=False))
                for request, pictures in answers)  # fmt: skip

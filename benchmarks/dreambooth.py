@@ -19,25 +19,32 @@ from pathlib import Path
 import torch
 from kd import FOLDER, random_teacher
 
-from bksdm_utils import dreambooth, sampling, storybook, surgery
-from bksdm_utils.presets import find_preset
-from bksdm_utils.run import print_table, provenance, write_json
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.dreambooth.job import Recipe, prepare
+from bksdm_utils.dreambooth.subjects import class_prompts, load_subject
+from bksdm_utils.files import write_json
+from bksdm_utils.models.pipelines import load_pipeline, sampling_dtype, with_unet
+from bksdm_utils.workbook.headless import print_table
+from bksdm_utils.workbook.run import provenance
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, float]:
     """One lesson of so many steps, after one that is not counted."""
     preset, device = find_preset(chosen.preset), "cuda" if torch.cuda.is_available() else "cpu"
     place = random_teacher(preset, FOLDER / f"teacher-{preset.name}")
-    pipe = sampling.load_pipeline(place, device, sampling.drawing_dtype(device))
+    pipe = load_pipeline(place, device, sampling_dtype(device))
     if chosen.variant != "teacher":
-        pipe = sampling.with_unet(pipe, surgery.build_student(pipe.unet, chosen.variant))
-    recipe = replace(dreambooth.Recipe(), max_train_steps=1 + chosen.steps, num_class_images=2, identifier="z",
+        pipe = with_unet(pipe, build_student(pipe.unet, chosen.variant))
+    recipe = replace(Recipe(), max_train_steps=1 + chosen.steps, num_class_images=2, identifier="z",
                      gradient_checkpointing=chosen.gradient_checkpointing)  # fmt: skip
-    subject = dreambooth.load_subject("tabby")
-    class_images = [(p.text, storybook.render(storybook.sample_scene(i), i))
-                    for i, p in enumerate(dreambooth.class_prompts(subject, 2))]  # fmt: skip
+    subject = load_subject("tabby")
+    class_images = [(p.text, render(sample_scene(i), i))
+                    for i, p in enumerate(class_prompts(subject, 2))]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        lesson = dreambooth.prepare(pipe, subject, recipe, chosen.method, Path(folder), class_images)
+        lesson = prepare(pipe, subject, recipe, chosen.method, Path(folder), class_images)
         rows = [step.floats() for step in lesson.steps()][1:]
         return {"seconds_per_step": sum(row["seconds"] for row in rows) / len(rows),
                 "memory_gb": max(row["memory_gb"] for row in rows), "trained": lesson.model.num_trained,

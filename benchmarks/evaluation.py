@@ -21,11 +21,20 @@ import torchvision
 from kd import FOLDER, random_teacher
 from PIL import Image
 
-from bksdm_utils import costs, evaluation, sampling, storybook, surgery
-from bksdm_utils.pictures import Prompt, sample
-from bksdm_utils.presets import find_preset
-from bksdm_utils.run import print_table, provenance, write_json
-from bksdm_utils.scores import FAST, ClipJudge, Network
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.costs.counting import count
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.evaluation.features import FeatureCache, compute
+from bksdm_utils.evaluation.folders import sample_folder
+from bksdm_utils.evaluation.networks import FAST, MetricClip, Network
+from bksdm_utils.evaluation.prompts import Prompt
+from bksdm_utils.evaluation.sampling import Sampling
+from bksdm_utils.files import write_json
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.workbook.headless import print_table
+from bksdm_utils.workbook.run import provenance
 
 
 def turns(contestants: Mapping[str, Callable[[], object]], count: int, rounds: int) -> dict[str, list[float]]:
@@ -51,11 +60,11 @@ def samplers(chosen: argparse.Namespace, device: str) -> tuple[dict[str, Callabl
     place = (
         preset.teacher if chosen.preset == "storybook" else random_teacher(preset, FOLDER / f"teacher-{preset.name}")
     )
-    pipe = sampling.load_pipeline(place, device, torch.float16 if device == "cuda" else torch.float32)
-    unet = surgery.build_student(pipe.unet, chosen.variant).eval() if chosen.variant != "teacher" else pipe.unet
-    pipe = sampling.with_unet(pipe, unet)
-    captions = [storybook.sample_scene(i, "test").caption for i in range(chosen.pictures)]
-    settings = sampling.Sampling(num_inference_steps=chosen.steps, guidance_scale=preset.guidance_scale,
+    pipe = load_pipeline(place, device, torch.float16 if device == "cuda" else torch.float32)
+    unet = build_student(pipe.unet, chosen.variant).eval() if chosen.variant != "teacher" else pipe.unet
+    pipe = with_unet(pipe, unet)
+    captions = [sample_scene(i, "test").caption for i in range(chosen.pictures)]
+    settings = Sampling(num_inference_steps=chosen.steps, guidance_scale=preset.guidance_scale,
                                  batch_size=max(chosen.batch_sizes))  # fmt: skip
 
     def plain(batch_size: int) -> None:
@@ -70,17 +79,17 @@ def samplers(chosen: argparse.Namespace, device: str) -> tuple[dict[str, Callabl
     def ours() -> None:
         prompts = [Prompt(str(i), text) for i, text in enumerate(captions)]
         with tempfile.TemporaryDirectory() as folder:
-            for _ in sample(pipe, prompts, Path(folder), settings, model="benchmark"):
+            for _ in sample_folder(pipe, prompts, Path(folder), settings, model="benchmark"):
                 pass
 
     passes = 2 * (chosen.steps + 1)  # with and without caption; PNDM's first step is two
-    tera = 2 * passes * costs.count(unet).macs_with_attention / 1e12
+    tera = 2 * passes * count(unet).macs_with_attention / 1e12
     return {**{f"plain, batch {b}": lambda b=b: plain(b) for b in chosen.batch_sizes}, "ours": ours}, tera
 
 
 def judges(pictures: list[Image.Image], device: str) -> dict[str, dict[str, Callable]]:
     """For each network, one picture after the other and ours."""
-    judge = ClipJudge("data/storybook/clip", device)
+    judge = MetricClip("data/storybook/clip", device)
     inception = (
         torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).to(device).eval()
     )
@@ -99,7 +108,7 @@ def judges(pictures: list[Image.Image], device: str) -> dict[str, dict[str, Call
         inception.to(memory_format=FAST)
         with tempfile.TemporaryDirectory() as folder:
             items = {str(i): (lambda p=p: p) for i, p in enumerate(pictures)}
-            evaluation.compute(evaluation.Rows(Path(folder), network.dim), network, items)
+            compute(FeatureCache(Path(folder), network.dim), network, items)
 
     return {name: {"one by one": lambda n=network: one_by_one(n), "ours": lambda n=network: ours(n)}
             for name, network in networks.items()}  # fmt: skip
@@ -129,8 +138,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     contestants, tera = samplers(chosen, device)
     results = {"sampling": table("sampling", turns(contestants, chosen.pictures, chosen.rounds), tera)}
-    scenes = [storybook.sample_scene(i, "test") for i in range(64)]
-    pictures = [storybook.render(scene, i, 256) for i, scene in enumerate(scenes)]
+    scenes = [sample_scene(i, "test") for i in range(64)]
+    pictures = [render(scene, i, 256) for i, scene in enumerate(scenes)]
     for name, ways in judges(pictures, device).items():
         results[name] = table(f"{name} features", turns(ways, len(pictures), chosen.rounds))
     FOLDER.mkdir(parents=True, exist_ok=True)

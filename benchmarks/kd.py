@@ -25,12 +25,23 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from bksdm_utils import costs, distill, run, storybook, surgery, training
-from bksdm_utils.data import to_pixels
-from bksdm_utils.engine import memory
-from bksdm_utils.presets import ROOT, Preset, find_preset, model_config, teacher_config
-from bksdm_utils.run import print_table, provenance, write_json
-from bksdm_utils.sampling import load_pipeline
+from bksdm_utils.config.presets import Preset, find_preset
+from bksdm_utils.core.losses import training_target
+from bksdm_utils.core.plans import student_config
+from bksdm_utils.core.surgery import build_student, random_unet
+from bksdm_utils.core.taps import tap_pairs
+from bksdm_utils.costs.counting import count
+from bksdm_utils.data.images import to_pixels
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import SIZE, sample_scene
+from bksdm_utils.files import ROOT, write_json
+from bksdm_utils.models.configs import model_config, teacher_config
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.training.job import DTYPES, precision, prepare
+from bksdm_utils.training.trainer import memory
+from bksdm_utils.workbook.headless import print_table
+from bksdm_utils.workbook.parameters import find_notebook
+from bksdm_utils.workbook.run import configure, provenance
 
 WARM_UP = 3  # optimizer steps that are not counted
 FOLDER = ROOT / "outputs" / "benchmark"
@@ -43,9 +54,9 @@ def pictures(resolution: int, count: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         rows = ["file_name,text"]
         for seed in range(count):
-            scene = storybook.sample_scene(seed)
-            side = max(storybook.SIZE, resolution * 5 // 4)
-            storybook.render(scene, seed).resize((side, side)).save(folder / f"{seed}.jpg", quality=90)
+            scene = sample_scene(seed)
+            side = max(SIZE, resolution * 5 // 4)
+            render(scene, seed).resize((side, side)).save(folder / f"{seed}.jpg", quality=90)
             rows.append(f"{seed}.jpg,{scene.caption}")
         (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     return folder
@@ -63,7 +74,7 @@ def random_teacher(preset, folder: Path) -> Path:
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(teacher_config(preset, "vae")), tokenizer=tokenizer,
         text_encoder=CLIPTextModel(CLIPTextConfig(**teacher_config(preset, "text_encoder"))),
-        unet=surgery.random_unet(teacher_config(preset)),
+        unet=random_unet(teacher_config(preset)),
         scheduler=PNDMScheduler.from_config(teacher_config(preset, "scheduler")),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
@@ -91,14 +102,14 @@ class Pictures(Dataset):
 def _plain_networks(settings: Preset, device: str, dtype: torch.dtype) -> tuple:
     """Pipeline and student with hooks that keep what is compared: (pipeline, student, pairs of taps, what was kept)."""
     pipe = load_pipeline(settings.teacher, device)
-    student = surgery.build_student(pipe.unet, settings.variant)
+    student = build_student(pipe.unet, settings.variant)
     for unet in (pipe.unet, student):
         unet.to(memory_format=torch.contiguous_format)
     student.enable_gradient_checkpointing()
     student.train()
     pipe.to(dtype=dtype)
     kept = {"teacher": {}, "student": {}}
-    pairs = distill.tap_pairs(settings.variant, pipe.unet.config)
+    pairs = tap_pairs(settings.variant, pipe.unet.config)
     for which, unet, place in (("teacher", pipe.unet, 0), ("student", student, 1)):
         for pair in pairs:
             keep = lambda _m, _i, out, n=pair, w=which: kept[w].update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
@@ -112,7 +123,7 @@ def plain(config: dict, device: str) -> Iterator[int]:
     from diffusers.training_utils import EMAModel
 
     settings = Preset(**config["resolved"])
-    dtype = training.DTYPES[training.precision(settings, device)]
+    dtype = DTYPES[precision(settings, device)]
     pipe, student, pairs, kept = _plain_networks(settings, device, dtype)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
@@ -131,7 +142,7 @@ def plain(config: dict, device: str) -> Iterator[int]:
                 by_teacher = pipe.unet(noisy, timesteps, text).sample
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 by_student = student(noisy, timesteps, text).sample
-                target = distill.training_target(schedule, latents, noise, timesteps)
+                target = training_target(schedule, latents, noise, timesteps)
                 task = F.mse_loss(by_student.float(), target.float())
                 output = F.mse_loss(by_student.float(), by_teacher.float())
                 feature = sum(F.mse_loss(kept["student"][p].float(), kept["teacher"][p].float()) for p in pairs)
@@ -148,7 +159,7 @@ def plain(config: dict, device: str) -> Iterator[int]:
 
 def ours(config: dict, device: str, folder: Path) -> Iterator[int]:
     """The workbook's own loop, cache and all, as notebook 03 and its command run it."""
-    job = training.prepare(config, folder, device)
+    job = prepare(config, folder, device)
     job.begin(resume=False)
     for step in job.trainer.steps(job.distillation.losses, job.data.num_examples):
         job.log.append(step.floats())
@@ -188,7 +199,7 @@ def in_processes(mode: str, number: int, config: dict, folder: Path, steps: int)
     return json.loads((folder / "measured.json").read_text())
 
 
-def configure(chosen: argparse.Namespace, variant: str) -> dict:
+def configuration(chosen: argparse.Namespace, variant: str) -> dict:
     """The parameters of notebook 03 for one measurement, and as `resolved` the preset with them in place."""
     preset = find_preset(chosen.preset)
     teacher = chosen.teacher
@@ -203,15 +214,15 @@ def configure(chosen: argparse.Namespace, variant: str) -> dict:
         "validation_steps": 10**6, "gradient_checkpointing": chosen.gradient_checkpointing, "compiled": chosen.compiled,
         "optimizer": chosen.optimizer,
     }  # fmt: skip
-    return run.configure(run.find_notebook("03"), changes)[0]
+    return configure(find_notebook("03"), changes)[0]
 
 
 def tera_operations(config: dict, variant: str, resolution: int) -> float:
     """10^12 operations that one picture costs: the teacher forward, the student forward and backward."""
     teacher = teacher_config(find_preset(config["preset"]))
-    student = surgery.student_config(teacher, variant)
+    student = student_config(teacher, variant)
     factor = 2 ** (len(teacher_config(find_preset(config["preset"]), "vae")["block_out_channels"]) - 1)
-    macs = [costs.count(c, resolution // factor).macs_with_attention for c in (teacher, student)]
+    macs = [count(c, resolution // factor).macs_with_attention for c in (teacher, student)]
     return 2 * (macs[0] + 3 * macs[1]) / 1e12
 
 
@@ -244,7 +255,7 @@ def main() -> None:
 
 def compare(chosen: argparse.Namespace, variant: str) -> dict:
     """All modes in turn, round after round; prints a table of medians and gives them back."""
-    config, found = configure(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
+    config, found = configuration(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
     for turn in range(chosen.rounds):
         for mode in found:
             number = int(mode.removeprefix("ours")) if mode != "plain" else 1

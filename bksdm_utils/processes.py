@@ -1,4 +1,4 @@
-"""Training in processes of its own, which outlive the notebook that started them."""
+"""Processes that outlive the notebook that started them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import psutil
 
-from .engine import alone
-from .presets import ROOT
-from .run import write_json
+from .files import ROOT, folder_lock, write_json
 
 LOG, NOTE = "train.log", "process.json"
+
+
 LAST_WORDS = ("failed: ", "stopped by ")  # how a training's own last line begins, among its launcher's tracebacks
 
 
-def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill") -> None:
+def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.training.job") -> None:
     """Starts `accelerate launch -m MODULE --config FOLDER/config.json`, unless a training is at work there already.
 
     Raises:
@@ -32,7 +32,7 @@ def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.distill"
     if running(folder):
         print("a training is at work here already: watching it")
         return
-    with alone(folder):  # or another host's training is at work here
+    with folder_lock(folder):  # or another host's training is at work here
         pass
     several = ["--multi_gpu"] if num_processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),

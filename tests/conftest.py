@@ -21,10 +21,11 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from bksdm_utils import storybook
-from bksdm_utils.latents import LatentDataset
-from bksdm_utils.presets import PRESETS, teacher_config
-from bksdm_utils.storybook_training import SCHEDULE, new_tokenizer
+from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.models.configs import teacher_config
+from bksdm_utils.storybook.networks import SCHEDULE, new_tokenizer
+from bksdm_utils.training.latents import LatentDataset
 
 SD_V1, SD_V2, SDXL = (teacher_config(PRESETS[name]) for name in ("sd-v1.4", "sd-v2.1", "sdxl-base"))
 NARROW = SD_V1 | {
@@ -54,7 +55,7 @@ def teacher_xl() -> UNet2DConditionModel:
 def narrow_parts():
     """VAE (factor 8 as in SD-v1), tokenizer and the config of a text encoder, all narrow."""
     torch.manual_seed(1)
-    tokenizer = new_tokenizer([storybook.sample_scene(i).caption for i in range(50)])
+    tokenizer = new_tokenizer([sample_scene(i).caption for i in range(50)])
     text = CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=len(tokenizer),
         max_position_embeddings=20, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

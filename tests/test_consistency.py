@@ -6,11 +6,14 @@ import torch
 from conftest import MemoryData
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 
-from bksdm_utils.consistency import ConsistencyDistillation, clean_latents
-from bksdm_utils.distill import TextCondition
-from bksdm_utils.engine import Draw, Trainer, TrainingConfig
-from bksdm_utils.sampling import generate, load_pipeline, with_unet
-from bksdm_utils.surgery import build_student
+from bksdm_utils.config.training import TrainingConfig
+from bksdm_utils.core.families import TextConditioning
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.deploy.consistency import ConsistencyDistillation, clean_latents
+from bksdm_utils.evaluation.sampling import generate
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.training.rng import BatchRng
+from bksdm_utils.training.trainer import Trainer
 
 SHAPE = (6, 1, 4, 8, 8)
 
@@ -25,7 +28,7 @@ def distillation(pipeline, prediction_type="epsilon", num_intervals=10, guidance
     ids = torch.randint(0, 30, (6, 20), generator=generator)
     data = MemoryData(torch.randn(SHAPE, generator=generator), torch.full(SHAPE, 0.1), ids, ids[:1])
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    condition = TextCondition(pipeline)
+    condition = TextConditioning(pipeline)
     return ConsistencyDistillation(pipeline.unet, condition, schedule, data, guidance_scale, num_intervals)
 
 
@@ -98,7 +101,7 @@ def test_every_example_of_a_batch_has_its_own_interval(pipeline):
     ours = distillation(pipeline, num_intervals=1)
     seen = []
     ours.answer = lambda student, noisy, timesteps, condition: seen.append(timesteps.tolist()) or noisy
-    ours.losses(pipeline.unet, Draw(0, 0, range(4), 4, 6))
+    ours.losses(pipeline.unet, BatchRng(0, 0, range(4), 4, 6))
     assert seen == [[0] * 4, [999] * 4]  # a single interval reaches from noise to picture
     with pytest.raises(ValueError, match="num_intervals"):
         distillation(pipeline, num_intervals=0)

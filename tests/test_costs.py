@@ -7,8 +7,12 @@ import torch
 from conftest import NARROW, NARROW_XL
 from torch import nn
 
-from bksdm_utils import costs, surgery
-from bksdm_utils.presets import PRESETS, teacher_config
+from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.core.plans import free_plan, student_config
+from bksdm_utils.core.surgery import build_student, random_unet
+from bksdm_utils.costs.counting import PUBLISHED, beside_published, count, count_pipeline, unet_inputs
+from bksdm_utils.costs.measuring import _LiveBytes, block_latency, interleaved_latency, peak_memory
+from bksdm_utils.models.configs import teacher_config
 
 PARAMS = {
     "sd-v1.4": {"teacher": 859_520_964, "bk_base": 579_384_964, "bk_small": 482_346_884, "bk_tiny": 323_384_964,
@@ -34,10 +38,10 @@ WITH_ATTENTION = {"sd-v1.4": {"teacher": 401_636_720_640, "bk_base": 261_496_995
 def test_u_nets_cost_exactly_what_is_published(preset, name):
     config = teacher_config(PRESETS[preset])
     if name == "no mid":
-        config = surgery.student_config(config, surgery.free_plan(config, mid=False))
+        config = student_config(config, free_plan(config, mid=False))
     elif name != "teacher":
-        config = surgery.student_config(config, name)
-    counted = costs.count(config)
+        config = student_config(config, name)
+    counted = count(config)
     assert counted.params == PARAMS[preset][name]
     assert counted.macs == MACS.get(preset, {}).get(name, counted.macs)
     assert counted.macs_with_attention == WITH_ATTENTION.get(preset, {}).get(name, counted.macs_with_attention)
@@ -46,36 +50,36 @@ def test_u_nets_cost_exactly_what_is_published(preset, name):
 
 
 def test_the_rest_of_the_pipeline():
-    parts = costs.count_pipeline(PRESETS["sd-v1.4"])
+    parts = count_pipeline(PRESETS["sd-v1.4"])
     assert parts["text encoder"].params == 123_060_480 and parts["VAE decoder"].params == 49_490_179
     assert parts["U-Net"].macs == 338_749_194_240
-    published = {name: whole for name, (_, whole) in costs.PUBLISHED["sd-v1"].items()}
-    beside = costs.beside_published({"teacher": sum(parts[p].params for p in parts if p != "VAE encoder")}, published)
+    published = {name: whole for name, (_, whole) in PUBLISHED["sd-v1"].items()}
+    beside = beside_published({"teacher": sum(parts[p].params for p in parts if p != "VAE encoder")}, published)
     assert beside[0]["published (M)"] == 1040 and -10 < beside[0]["difference (M)"] <= 0  # rounded up to ten million
-    xl = costs.count_pipeline(PRESETS["sdxl-base"])
+    xl = count_pipeline(PRESETS["sdxl-base"])
     assert xl["text encoder 2"].params == 694_659_840 and xl["VAE decoder"].macs == 4 * parts["VAE decoder"].macs
 
 
 def test_costs_of_modules_are_those_of_the_layers():
-    counted = costs.count(NARROW)
+    counted = count(NARROW)
     conv = counted.by_module["down_blocks.0.resnets.0.conv1"]
     assert conv == (8 * 8 * 9 + 8, 8 * 8 * 9 * 64, 8 * 8 * 9 * 64)
     attention = counted.by_module["down_blocks.0.attentions.0.transformer_blocks.0.attn1"]
     assert attention.macs == 4 * 64 * 8 * 8 and attention.macs_with_attention == attention.macs + 2 * 64 * 64 * 8
-    assert costs.count(NARROW, sample_size=16).macs > 2.5 * counted.macs
+    assert count(NARROW, sample_size=16).macs > 2.5 * counted.macs
 
 
 def test_sdxl_inputs_carry_the_added_conditions():
-    inputs = costs.unet_inputs(NARROW_XL, batch_size=2)
+    inputs = unet_inputs(NARROW_XL, batch_size=2)
     assert inputs["added_cond_kwargs"]["text_embeds"].shape == (2, 16)
     assert inputs["added_cond_kwargs"]["time_ids"].shape == (2, 6)
 
 
 def test_a_random_unet_is_finite_and_of_its_config():
-    unet = surgery.random_unet(NARROW)
+    unet = random_unet(NARROW)
     with torch.no_grad():
-        assert unet(**costs.unet_inputs(NARROW, device="cpu")).sample.isfinite().all()
-    assert sum(p.numel() for p in unet.parameters()) == costs.count(NARROW).params
+        assert unet(**unet_inputs(NARROW, device="cpu")).sample.isfinite().all()
+    assert sum(p.numel() for p in unet.parameters()) == count(NARROW).params
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -86,19 +90,21 @@ def test_latency_is_measured_in_turns_without_the_warm_up(compiled, monkeypatch)
         calls.append(run)
         return seconds[run] + 100 * (len(calls) <= 4)
 
-    monkeypatch.setattr(costs, "_forward_seconds", forward)
-    monkeypatch.setattr(costs, "_real_inputs", lambda *_: {})
+    monkeypatch.setattr("bksdm_utils.costs.measuring._forward_seconds", forward)
+    monkeypatch.setattr("bksdm_utils.costs.measuring._real_inputs", lambda *_: {})
     monkeypatch.setattr(torch, "compile", lambda unet: unet.name)
     unets = {name: type("Unet", (str,), {"name": name, "device": None})(name) for name in seconds}
-    timed = costs.interleaved_latency(unets, repeats=3, warmup=2, compiled=compiled)
+    timed = interleaved_latency(unets, repeats=3, warmup=2, compiled=compiled)
     assert calls == ["quick", "slow"] * 5
     assert (timed["quick"].median, timed["slow"].median, timed["slow"].high) == (1.0, 3.0, 3.0)
 
 
 def test_blocks_are_timed_one_after_another_and_never_one_within_another(teacher, monkeypatch):
     readings = itertools.count()
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(readings)))  # goes on by 1 each time it is read
-    blocks = costs.block_latency(teacher, repeats=2)
+    monkeypatch.setattr(
+        "bksdm_utils.costs.measuring.time.perf_counter", lambda: float(next(readings))
+    )  # goes on by 1 each time it is read
+    blocks = block_latency(teacher, repeats=2)
     assert {"down_blocks.0", "mid_block", "up_blocks.3", "conv_in"} <= set(blocks)
     assert {(t.low, t.median, t.high) for t in blocks.values()} == {(1.0, 1.0, 1.0)}
     assert next(readings) == 3 * (2 * len(blocks) + 2)  # three passes: each block's start and end, the pass's own
@@ -107,7 +113,7 @@ def test_blocks_are_timed_one_after_another_and_never_one_within_another(teacher
 
 def test_peak_memory_counts_what_is_alive_at_once():
     layers = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(6)))
-    with torch.no_grad(), costs._LiveBytes() as live:
+    with torch.no_grad(), _LiveBytes() as live:
         layers(torch.zeros(50, 100))
     input_, output = 50 * 100 * 4, 50 * 100 * 4
     assert live.peak == input_ + 2 * output  # one layer's input and output, and the very first input
@@ -115,6 +121,6 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 def test_peak_memory_grows_with_weights_and_batch(teacher):
     weights = sum(p.numel() * 4 for p in teacher.parameters())
-    one, eight = costs.peak_memory(teacher), costs.peak_memory(teacher, batch_size=8)
+    one, eight = peak_memory(teacher), peak_memory(teacher, batch_size=8)
     assert weights < one < eight
-    assert costs.peak_memory(surgery.build_student(teacher, "bk_tiny")) < one
+    assert peak_memory(build_student(teacher, "bk_tiny")) < one

@@ -3,11 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bksdm_utils import data
-from bksdm_utils.engine import Draw
-from bksdm_utils.latents import load_latents
-from bksdm_utils.presets import find_preset
-from bksdm_utils.sampling import load_pipeline
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.data.examples import read_folder
+from bksdm_utils.data.images import to_pixels
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.training.latents import load_latents
+from bksdm_utils.training.rng import BatchRng
 
 
 def photo(path, size=(90, 70), mode="RGB"):
@@ -55,7 +56,7 @@ def test_odd_rows_and_pictures_are_set_aside_by_name(folder, pipeline_dir, tmp_p
 def test_the_second_flip_is_the_mirrored_picture(folder, pipeline_dir, tmp_path):
     pipeline = load_pipeline(pipeline_dir)
     latents = load_latents(preset(folder), pipeline, tmp_path / "cache")
-    pixels = data.to_pixels(Image.open(folder / "a.jpg"), 64).flip(-1)
+    pixels = to_pixels(Image.open(folder / "a.jpg"), 64).flip(-1)
     with torch.no_grad():
         expected = pipeline.vae.encode(pixels[None]).latent_dist.mean[0] * pipeline.vae.config.scaling_factor
     assert torch.allclose(latents.moments([0], [1])[0][0], expected, atol=2e-3)
@@ -80,7 +81,7 @@ def test_the_cache_knows_pictures_resolution_and_vae(folder, pipeline_dir, tmp_p
 
 def test_batches_sample_the_posterior_and_follow_the_draw(folder, pipeline_dir, tmp_path):
     latents = load_latents(preset(folder), load_pipeline(pipeline_dir), tmp_path / "cache")
-    draws = [latents.batch(Draw(0, step, range(2), 2, len(latents))) for step in (0, 0, 1)]
+    draws = [latents.batch(BatchRng(0, step, range(2), 2, len(latents))) for step in (0, 0, 1)]
     assert torch.equal(draws[0][0], draws[1][0]) and not torch.equal(draws[0][0], draws[2][0])
     assert draws[0][0].shape == (2, 4, 8, 8) and draws[0][1].shape == (2, 20)
 
@@ -99,12 +100,12 @@ def test_a_folder_without_usable_rows_says_what_is_wrong(tmp_path, write, said):
     if write is not None:
         (tmp_path / "metadata.csv").write_text(write)
     with pytest.raises(ValueError, match=said):
-        data.read_folder(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder"):
-        data.read_folder(tmp_path / "nowhere")
+        read_folder(tmp_path / "nowhere")
 
 
 def test_only_unreadable_pictures_is_an_error(tmp_path, pipeline_dir):
@@ -123,12 +124,12 @@ def test_pictures_of_every_kind_become_pixels(name, mode, size, tmp_path):
     """Inks, sixteen bits, one pixel, forty megapixels, one bit, grey with transparency."""
     white = {"CMYK": (0, 0, 0, 0), "I;16": 65535, "1": 1, "LA": (0, 0)}.get(mode, (255, 255, 255))
     Image.new(mode, size, white).save(tmp_path / name)
-    pixels = data.to_pixels(Image.open(tmp_path / name), 64)
+    pixels = to_pixels(Image.open(tmp_path / name), 64)
     assert pixels.shape == (3, 64, 64) and pixels.min() > 0.97  # all of them are white
 
 
 def test_of_an_animation_the_first_picture_counts(tmp_path):
     red, blue = Image.new("RGB", (10, 10), "red"), Image.new("RGB", (10, 10), "blue")
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue, red])
-    pixels = data.to_pixels(Image.open(tmp_path / "a.gif"), 64)
+    pixels = to_pixels(Image.open(tmp_path / "a.gif"), 64)
     assert pixels[0].min() > 0.9 and pixels[2].max() < -0.9

@@ -14,12 +14,27 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from bksdm_utils import demo, surgery
-from bksdm_utils.costs import count as count_costs
-from bksdm_utils.demo import Limits, Request, check, draw, open_picture
-from bksdm_utils.presets import ROOT
-from bksdm_utils.sampling import load_pipeline, with_scheduler, with_unet
-from bksdm_utils.storybook import render, sample_scene
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.costs.counting import count as count_costs
+from bksdm_utils.data.images import to_pixels
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.deploy.demo import _remarks, app, launch, main
+from bksdm_utils.deploy.playground import (
+    Limits,
+    Request,
+    _member,
+    check,
+    check_upload,
+    cut_off,
+    evaluations,
+    generate_request,
+    macs,
+    open_upload,
+)
+from bksdm_utils.files import ROOT
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.models.schedulers import with_scheduler
 
 LIMITS = Limits(steps=2000, waiting=5)
 QUICK = Request("a big red cat at night", steps=4, guidance=2.0)
@@ -32,7 +47,7 @@ def pipeline(pipeline_dir):
 
 @pytest.fixture(scope="module")
 def models(pipeline):
-    return {"teacher": pipeline, "bk_tiny": with_unet(pipeline, surgery.build_student(pipeline.unet, "bk_tiny"))}
+    return {"teacher": pipeline, "bk_tiny": with_unet(pipeline, build_student(pipeline.unet, "bk_tiny"))}
 
 
 def a_picture(size=(64, 64), mode="RGB"):
@@ -80,14 +95,14 @@ def test_unusual_prompts_are_drawn(models, prompt):
     request = replace(QUICK, prompt=prompt, negative_prompt=prompt[::-1])
     check(request, Limits())
     for pipeline in models.values():
-        assert draw(pipeline, request)[0][0].size == (64, 64)
+        assert generate_request(pipeline, request)[0][0].size == (64, 64)
 
 
 def test_it_is_said_what_the_text_encoder_does_not_read(pipeline):
-    assert demo.cut_off(pipeline, "") == demo.cut_off(pipeline, QUICK.prompt) == ""
-    lost = demo.cut_off(pipeline, "a big red house " * 5)  # 20 tokens, of which two are the text's begin and end
+    assert cut_off(pipeline, "") == cut_off(pipeline, QUICK.prompt) == ""
+    lost = cut_off(pipeline, "a big red house " * 5)  # 20 tokens, of which two are the text's begin and end
     assert lost.split() == ["red", "house"]
-    said = demo._remarks(pipeline, replace(QUICK, prompt="a big red house " * 5, negative_prompt="<b> " * 30))
+    said = _remarks(pipeline, replace(QUICK, prompt="a big red house " * 5, negative_prompt="<b> " * 30))
     assert "reads 18 tokens. The end of the prompt was cut off: <i>red house" in said
     assert "the negative prompt" in said and "<b>" not in said
 
@@ -98,18 +113,18 @@ def test_a_file_that_is_no_usable_picture_is_refused(tmp_path):
     script = as_file(a_picture(), "EPS")
     for file in (io.BytesIO(b"no picture"), io.BytesIO(), io.BytesIO(whole[:20]), bomb, script, tmp_path / "none"):
         with pytest.raises(ValueError, match="no picture that can be read: expected PNG, JPEG"):
-            open_picture(file)
+            open_upload(file)
     for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
         part = as_file(Image.effect_noise((640, 640), 50).convert("RGB"), kind).getvalue()
         with pytest.raises(ValueError, match="damaged or ends early|no picture"):
-            demo.check_picture(open_picture(io.BytesIO(part[: len(part) // 2])), Limits())
+            check_upload(open_upload(io.BytesIO(part[: len(part) // 2])), Limits())
 
 
 def test_a_large_picture_is_refused_before_it_is_decoded():
-    opened = open_picture(as_file(Image.new("1", (6000, 6000))))
+    opened = open_upload(as_file(Image.new("1", (6000, 6000))))
     opened.load = lambda: pytest.fail("decoded")
     with pytest.raises(ValueError, match="6,000 x 6,000 pixels: expected at most 25 megapixels"):
-        demo.check_picture(opened, Limits())
+        check_upload(opened, Limits())
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "I;16", "F"])
@@ -118,15 +133,15 @@ def test_pictures_of_every_mode_and_size_are_drawn_from(pipeline, mode):
         picture = Image.new(mode, size) if mode == "I;16" else a_picture(size, mode)
         request = replace(QUICK, picture=picture)
         check(request, Limits())
-        assert draw(pipeline, request)[0][0].size == (64, 64)
+        assert generate_request(pipeline, request)[0][0].size == (64, 64)
 
 
 def test_a_turned_picture_is_set_upright(pipeline):
     upright = a_picture()
     exif = Image.Exif()
     exif[274] = 6  # the camera was held a quarter turn to the left
-    turned = open_picture(as_file(upright.transpose(Image.Transpose.ROTATE_90), exif=exif))
-    pictures = [draw(pipeline, replace(QUICK, picture=start))[0] for start in (upright, turned)]
+    turned = open_upload(as_file(upright.transpose(Image.Transpose.ROTATE_90), exif=exif))
+    pictures = [generate_request(pipeline, replace(QUICK, picture=start))[0] for start in (upright, turned)]
     assert same(*pictures)
 
 
@@ -136,10 +151,10 @@ def test_pictures_depend_on_the_request_alone(models):
                 replace(QUICK, picture=a_picture(), strength=1.0)]  # fmt: skip
     for pipeline in models.values():
         before = torch.random.get_rng_state()
-        alone = [draw(pipeline, request)[0] for request in requests]
+        alone = [generate_request(pipeline, request)[0] for request in requests]
         assert torch.equal(before, torch.random.get_rng_state())
         with ThreadPoolExecutor(2) as pool:  # two at once, backwards, with the same pipeline
-            together = list(pool.map(lambda request, p=pipeline: draw(p, request)[0], requests[::-1]))[::-1]
+            together = list(pool.map(lambda request, p=pipeline: generate_request(p, request)[0], requests[::-1]))[::-1]
         assert all(same(*pair) for pair in zip(alone, together, strict=True))
         assert len({picture.tobytes() for pictures in alone for picture in pictures}) >= len(requests)
         apart = np.asarray(alone[3][0]).astype(int) - np.asarray(alone[0][0])  # the first of three, and the only one
@@ -150,14 +165,14 @@ def test_steps_are_counted_and_weights_shared(pipeline):
     for scheduler in (None, "dpm++", "ddim"):
         for request in (QUICK, replace(QUICK, picture=a_picture()), replace(QUICK, picture=a_picture(), strength=1)):
             reached, changed = [], with_scheduler(pipeline, scheduler)
-            draw(changed, request, step=lambda *at, told=reached: told.append(at))
-            expected = demo.evaluations(changed, request)
+            generate_request(changed, request, step=lambda *at, told=reached: told.append(at))
+            expected = evaluations(changed, request)
             assert reached == [(i + 1, expected) for i in range(expected)]
-    member = demo._member(pipeline, replace(QUICK, picture=a_picture()))
+    member = _member(pipeline, replace(QUICK, picture=a_picture()))
     assert member.unet is pipeline.unet and member.vae is pipeline.vae
     once = count_costs(pipeline.unet.config).macs
-    assert demo.macs(pipeline, replace(QUICK, steps=25, pictures=3)) == once * 26 * 3 * 2
-    assert demo.macs(pipeline, replace(QUICK, guidance=1.0, picture=a_picture(), strength=0.5)) == once * 2
+    assert macs(pipeline, replace(QUICK, steps=25, pictures=3)) == once * 26 * 3 * 2
+    assert macs(pipeline, replace(QUICK, guidance=1.0, picture=a_picture(), strength=0.5)) == once * 2
 
 
 def test_limits_suit_the_model_and_let_somebody_draw(pipeline):
@@ -170,15 +185,15 @@ def test_limits_suit_the_model_and_let_somebody_draw(pipeline):
 def test_the_stronger_the_less_is_left_of_a_picture():
     teacher, start = load_pipeline(ROOT / "data" / "storybook" / "teacher"), render(sample_scene(3), 3)
     request = Request("a small blue cat in the snow", guidance=2.0, steps=20, picture=start)
-    drawings = [draw(teacher, replace(request, strength=strength))[0][0] for strength in (0.05, 0.5, 1.0)]
+    drawings = [generate_request(teacher, replace(request, strength=strength))[0][0] for strength in (0.05, 0.5, 1.0)]
     far = [np.abs(np.asarray(drawing, float) - np.asarray(start, float)).mean() for drawing in drawings]
     assert 2 * far[0] < far[1] < far[2], far
 
 
 def test_image_to_image_keeps_what_strength_leaves(pipeline):
     """With a U-Net that finds the very noise that was added, the picture comes back as the VAE alone gives it."""
-    request, pixels = replace(QUICK, picture=a_picture(), steps=10), demo.to_pixels(a_picture(), 64)
-    member = demo._member(pipeline, request)
+    request, pixels = replace(QUICK, picture=a_picture(), steps=10), to_pixels(a_picture(), 64)
+    member = _member(pipeline, request)
     clean = member.vae.encode(pixels[None]).latent_dist.mean.detach() * member.vae.config.scaling_factor
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
     member.scheduler.set_timesteps(10)
@@ -190,11 +205,11 @@ def test_image_to_image_keeps_what_strength_leaves(pipeline):
 
 
 def test_the_command_says_what_is_missing(capsys, monkeypatch, tmp_path):
-    assert demo.main(["--teacher", str(tmp_path)]) == 1
+    assert main(["--teacher", str(tmp_path)]) == 1
     assert "no model_index.json" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[demo\]'"):
-        demo.app({"teacher": None})
+        app({"teacher": None})
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -203,7 +218,7 @@ def test_the_command_says_what_is_missing(capsys, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def page(models):
     pytest.importorskip("gradio")
-    page = demo.launch(models, LIMITS, wait=False)
+    page = launch(models, LIMITS, wait=False)
     yield page
     page.close()
 
@@ -226,7 +241,7 @@ def shown(answer):
 
 
 def expected(models, request):
-    return [picture for pipeline in models.values() for picture in draw(pipeline, request)[0]]
+    return [picture for pipeline in models.values() for picture in generate_request(pipeline, request)[0]]
 
 
 def test_the_page_draws_with_both_models_and_is_for_this_machine_only(page, models):
@@ -318,7 +333,7 @@ def test_a_visitor_who_leaves_frees_the_worker(page, monkeypatch):
 
 def watched(monkeypatch):
     """An iterator that gives how many denoising steps have been taken up to now."""
-    taken, whole = count(), demo.draw
+    taken, whole = count(), generate_request
     last = [0]
 
     def counting(pipeline, request, step):
@@ -328,7 +343,7 @@ def watched(monkeypatch):
 
         return whole(pipeline, request, counted)
 
-    monkeypatch.setattr(demo, "draw", counting)
+    monkeypatch.setattr("bksdm_utils.deploy.demo.generate_request", counting)
     return iter(lambda: last[0], None)
 
 

@@ -4,11 +4,23 @@ from conftest import SD_V1, SDXL, MemoryData
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from bksdm_utils import costs, distill, surgery
-from bksdm_utils.distill import Augmentation, Distillation, LossWeights, Taps, kd_losses, tap_pairs, training_target
-from bksdm_utils.engine import Draw
-from bksdm_utils.latents import token_ids
-from bksdm_utils.sampling import load_pipeline
+from bksdm_utils.core.families import TextConditioning
+from bksdm_utils.core.losses import (
+    Distillation,
+    LossWeights,
+    kd_losses,
+    min_snr_weights,
+    prediction_distance,
+    training_target,
+)
+from bksdm_utils.core.plans import SD_VARIANTS, SDXL_VARIANTS, VARIANTS, identity_plan
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.core.taps import KD_KINDS, Taps, tap_features, tap_pairs
+from bksdm_utils.costs.counting import unet_inputs
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.training.batches import Augmentation, random_conditioning_probability
+from bksdm_utils.training.encoding import probe_inputs, token_ids
+from bksdm_utils.training.rng import BatchRng
 
 
 def test_taps_of_base_and_small_are_the_papers():
@@ -41,30 +53,30 @@ def test_taps_of_koala_are_self_attentions_of_the_first_blocks():
         tap_pairs("koala_1b", SDXL, kd="attention")
 
 
-@pytest.mark.parametrize("kd", distill.KD_KINDS)
-@pytest.mark.parametrize("variant", surgery.VARIANTS)
+@pytest.mark.parametrize("kd", KD_KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_tapped_modules_exist_and_agree_in_shape(variant, kd, teacher, teacher_xl):
-    network = teacher_xl if variant in surgery.SDXL_VARIANTS else teacher
-    student, pairs = surgery.build_student(network, variant), tap_pairs(variant, network.config, kd)
-    inputs = costs.unet_inputs(network.config, device="cpu")
-    of_teacher = distill.tap_features(network, [t for t, _ in pairs], **inputs)
-    of_student = distill.tap_features(student, [s for _, s in pairs], **inputs)
+    network = teacher_xl if variant in SDXL_VARIANTS else teacher
+    student, pairs = build_student(network, variant), tap_pairs(variant, network.config, kd)
+    inputs = unet_inputs(network.config, device="cpu")
+    of_teacher = tap_features(network, [t for t, _ in pairs], **inputs)
+    of_student = tap_features(student, [s for _, s in pairs], **inputs)
     assert [f.shape for f in of_teacher] == [f.shape for f in of_student]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kd", distill.KD_KINDS)
+@pytest.mark.parametrize("kd", KD_KINDS)
 def test_an_sdxl_student_takes_a_distillation_step(kd, checkpointing, pipeline_xl_dir):
     pipe = load_pipeline(pipeline_xl_dir)
-    student = surgery.build_student(pipe.unet, "koala_700m").train()
+    student = build_student(pipe.unet, "koala_700m").train()
     if checkpointing:
         student.enable_gradient_checkpointing()
     tokens = token_ids(pipe, ["a cat", "a tree at night", "a red boat"])
     assert tokens.shape == (3, 2, 20)
     data = MemoryData(torch.randn(3, 1, 4, 8, 8), torch.rand(3, 1, 4, 8, 8), tokens, tokens[:1])
-    pairs, condition = tap_pairs("koala_700m", pipe.unet.config, kd), distill.TextCondition(pipe)
+    pairs, condition = tap_pairs("koala_700m", pipe.unet.config, kd), TextConditioning(pipe)
     kd_step = Distillation(pipe.unet, student, condition, DDPMScheduler(), data, pairs, LossWeights())
-    losses = kd_step.losses(student, Draw(0, 0, range(3), 3, 3))
+    losses = kd_step.losses(student, BatchRng(0, 0, range(3), 3, 3))
     assert sum(name.startswith("feature/") for name in losses) == len(pairs)
     losses["loss"].backward()
     for _, name in pairs:
@@ -75,35 +87,35 @@ def test_an_sdxl_student_takes_a_distillation_step(kd, checkpointing, pipeline_x
 
 def test_sdxl_is_told_what_its_pipeline_would_tell_it(pipeline_xl_dir):
     pipe = load_pipeline(pipeline_xl_dir)
-    told = distill.TextCondition(pipe)(token_ids(pipe, ["a cat", "a big red boat"]))
+    told = TextConditioning(pipe)(token_ids(pipe, ["a cat", "a big red boat"]))
     hidden_states, _, pooled, _ = pipe.encode_prompt(["a cat", "a big red boat"], do_classifier_free_guidance=False)
     assert torch.equal(told["encoder_hidden_states"], hidden_states)
     assert torch.equal(told["added_cond_kwargs"]["text_embeds"], pooled)
     ids = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, text_encoder_projection_dim=16)
     assert torch.equal(told["added_cond_kwargs"]["time_ids"], ids.repeat(2, 1))
-    larger = distill.TextCondition(pipe, resolution=96)(token_ids(pipe, ["a cat"]))
+    larger = TextConditioning(pipe, resolution=96)(token_ids(pipe, ["a cat"]))
     assert larger["added_cond_kwargs"]["time_ids"].tolist() == [[96, 96, 0, 0, 96, 96]]
 
 
 def test_the_distance_of_predictions_is_the_output_loss(pipeline_dir):
     pipe = load_pipeline(pipeline_dir)
     pictures = [Image.new("RGB", (70, 64), colour) for colour in ("red", "blue")]
-    probes = distill.probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
+    probes = probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
     assert [p["timestep"].tolist() for p in probes] == [[10, 10], [900, 900]]
-    again = distill.probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
+    again = probe_inputs(pipe, pictures, ["a", "b"], timesteps=(10, 900))
     assert all(torch.equal(a["sample"], b["sample"]) for a, b in zip(probes, again, strict=True))
-    student = surgery.build_student(pipe.unet, "bk_tiny")
+    student = build_student(pipe.unet, "bk_tiny")
     with torch.no_grad():
         by_hand = [((student(**p).sample - pipe.unet(**p).sample) ** 2).mean().item() for p in probes]
-    found = distill.prediction_distance(pipe.unet, student, probes)
+    found = prediction_distance(pipe.unet, student, probes)
     assert found == pytest.approx(sum(by_hand) / 2, rel=1e-5) and found > 0
-    assert distill.prediction_distance(pipe.unet, pipe.unet, probes) == 0
+    assert prediction_distance(pipe.unet, pipe.unet, probes) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
+@pytest.mark.parametrize("variant", SD_VARIANTS)
 def test_gradient_reaches_every_tap(variant, checkpointing, teacher):
-    student = surgery.build_student(teacher, variant).train()
+    student = build_student(teacher, variant).train()
     if checkpointing:
         student.enable_gradient_checkpointing()
     noise = torch.randn(2, 4, 8, 8)
@@ -124,7 +136,7 @@ def test_gradient_reaches_every_tap(variant, checkpointing, teacher):
 def test_checkpointing_does_not_change_losses_or_gradients(teacher):
     gradients = []
     for checkpointing in (False, True):
-        student = surgery.build_student(teacher, "bk_tiny").train()
+        student = build_student(teacher, "bk_tiny").train()
         if checkpointing:
             student.enable_gradient_checkpointing()
         distillation(teacher, student, "bk_tiny").losses(student, draw())["loss"].backward()
@@ -133,7 +145,7 @@ def test_checkpointing_does_not_change_losses_or_gradients(teacher):
 
 
 def test_activations_are_released_when_taken(teacher):
-    taps, inputs = Taps(teacher, ["down_blocks.0"]), costs.unet_inputs(teacher.config, device="cpu")
+    taps, inputs = Taps(teacher, ["down_blocks.0"]), unet_inputs(teacher.config, device="cpu")
     teacher(**inputs)
     assert taps._outputs is None
     taps.listen()
@@ -147,7 +159,7 @@ def test_activations_are_released_when_taken(teacher):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_between_two_steps_do_not_reach_the_losses(checkpointing, teacher):
-    student = surgery.build_student(teacher, "bk_base").train()
+    student = build_student(teacher, "bk_base").train()
     if checkpointing:
         student.enable_gradient_checkpointing()
     kd = distillation(teacher, student, "bk_base")
@@ -182,15 +194,15 @@ def test_v_prediction_target():
 
 
 def test_an_untouched_student_has_no_distillation_loss(teacher):
-    plan = surgery.identity_plan(teacher.config)
-    student = surgery.build_student(teacher, plan)
+    plan = identity_plan(teacher.config)
+    student = build_student(teacher, plan)
     losses = distillation(teacher, student, plan).losses(student, draw())
     assert losses["loss_output"].item() < 1e-10 and losses["loss_feature"].item() < 1e-10
     assert losses["loss"].item() == pytest.approx(losses["loss_task"].item()) and losses["loss_task"].item() > 0
 
 
 def test_the_teacher_does_not_run_for_the_task_loss_alone(teacher, monkeypatch):
-    student = surgery.build_student(teacher, "bk_base")
+    student = build_student(teacher, "bk_base")
     kd = distillation(teacher, student, "bk_base", LossWeights(1, 0, 0))
     monkeypatch.setattr(teacher, "forward", lambda *_: pytest.fail("the teacher ran"))
     losses = kd.losses(student, draw())
@@ -236,10 +248,10 @@ for _name in ("bk_base", "bk_small"):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
+@pytest.mark.parametrize("variant", SD_VARIANTS)
 def test_a_step_equals_a_plain_reference(variant, prediction_type, teacher):
     """The whole step again, from the same random numbers, in as few words as the paper's formula."""
-    student = surgery.build_student(teacher, variant)
+    student = build_student(teacher, variant)
     kd = distillation(teacher, student, variant, prediction_type=prediction_type)
     found = kd.losses(student, draw())
     generators = draw()
@@ -272,7 +284,7 @@ def test_taps_can_be_normalised_and_weighted():
 
 
 def test_weights_of_taps_that_are_not_there_are_refused(teacher):
-    student = surgery.build_student(teacher, "bk_tiny")
+    student = build_student(teacher, "bk_tiny")
     with pytest.raises(ValueError, match="unknown taps .'up_blocks.3'."):
         distillation(teacher, student, "bk_tiny", LossWeights(taps={"up_blocks.3": 2.0}))
 
@@ -282,8 +294,8 @@ def test_min_snr_weighs_the_task_loss_only(prediction_type, teacher):
     scheduler, t = DDPMScheduler(prediction_type=prediction_type), torch.tensor([0, 500, 999])
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
     by_hand = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
-    assert torch.allclose(distill.min_snr_weights(scheduler, t, 5.0), by_hand)
-    student = surgery.build_student(teacher, "bk_base")
+    assert torch.allclose(min_snr_weights(scheduler, t, 5.0), by_hand)
+    student = build_student(teacher, "bk_base")
     plain, weighted = (
         distillation(teacher, student, "bk_base", LossWeights(min_snr_gamma=gamma), prediction_type).losses(
             student, draw()
@@ -294,12 +306,12 @@ def test_min_snr_weighs_the_task_loss_only(prediction_type, teacher):
 
 
 def test_random_conditioning_is_likely_at_both_ends():
-    p = distill.random_conditioning_probability(torch.tensor([0, 250, 500, 750, 1000]), 1000, 5.0)
+    p = random_conditioning_probability(torch.tensor([0, 250, 500, 750, 1000]), 1000, 5.0)
     assert p[0] == p[-1] == 1 and p[1] == p[3] and p[2] == p.min() == pytest.approx(torch.tensor(-2.5).exp().item())
 
 
 def test_augmentation_changes_what_it_says_and_nothing_else(teacher):
-    student, seen = surgery.build_student(teacher, "bk_base"), {}
+    student, seen = build_student(teacher, "bk_base"), {}
     for name, chosen in {"none": {}, "empty": {"caption_dropout": 1.0}, "random": {"random_conditioning": 1e-9},
                          "offset": {"noise_offset": 0.5}}.items():  # fmt: skip
         kd = distillation(teacher, student, "bk_base", **chosen)
@@ -320,11 +332,11 @@ def test_augmentation_changes_what_it_says_and_nothing_else(teacher):
 
 
 def draw():
-    return Draw(seed=0, step=0, positions=range(3), global_batch_size=3, num_examples=6)
+    return BatchRng(seed=0, step=0, positions=range(3), global_batch_size=3, num_examples=6)
 
 
 def test_tap_features_leave_no_hooks(teacher):
-    inputs = costs.unet_inputs(teacher.config, device="cpu")
-    features = distill.tap_features(teacher, ["mid_block"], **inputs)
+    inputs = unet_inputs(teacher.config, device="cpu")
+    features = tap_features(teacher, ["mid_block"], **inputs)
     assert features[0].shape == (1, 32, 1, 1)
     assert not teacher.mid_block._forward_hooks

@@ -12,8 +12,7 @@ import huggingface_hub.file_download
 import pytest
 from conftest import disk_full_beyond
 
-from bksdm_utils import downloads
-from bksdm_utils.downloads import DOWNLOADS, Download, fetch, fetch_folder
+from bksdm_utils.data.downloads import DOWNLOADS, Download, fetch, fetch_folder, main
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -171,15 +170,15 @@ def test_archives_that_are_cut_or_reach_out_are_refused_whole(bad, server, tmp_p
 def test_the_originals_files_have_their_places():
     assert DOWNLOADS["laion_aes_212k"].url.endswith("improved_aesthetics_6.5plus/preprocessed_212k.tar.gz")
     assert DOWNLOADS["laion_aes_2256k"].url.endswith("improved_aesthetics_6.25plus/preprocessed_2256k.tar.gz")
-    assert downloads.DOWNLOADS["laion_aes_212k"].path == "data/laion_aes/preprocessed_212k.tar.gz"
+    assert DOWNLOADS["laion_aes_212k"].path == "data/laion_aes/preprocessed_212k.tar.gz"
 
 
 def test_the_command_line_goes_on_after_a_failure(server, tmp_path, monkeypatch, capsys):
     good = Download(f"{server}/file.bin", str(tmp_path / "file.bin"))
     bad = Download(f"{server}/other.bin", str(tmp_path / "other.bin"))
-    monkeypatch.setattr(downloads, "DOWNLOADS", {"bad": bad, "good": good})
-    assert downloads.main(["bad", "good"]) == 1
+    monkeypatch.setattr("bksdm_utils.data.downloads.DOWNLOADS", {"bad": bad, "good": good})
+    assert main(["bad", "good"]) == 1
     printed = capsys.readouterr()
     assert "answers 404" in printed.err and "file.bin" in printed.out and (tmp_path / "file.bin").exists()
     with pytest.raises(SystemExit):
-        downloads.main(["unknown"])
+        main(["unknown"])

@@ -12,36 +12,28 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
-from bksdm_utils import dreambooth, storybook
-from bksdm_utils.dreambooth import (
-    STORYBOOK,
-    DreamBooth,
-    Lora,
-    Moments,
-    Personal,
-    Recipe,
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.data.rendering import SUBJECTS, render, render_subject
+from bksdm_utils.data.scenes import COLOURS, OBJECTS, PLACES, Scene, Thing, sample_scene
+from bksdm_utils.dreambooth.job import STORYBOOK, DreamBooth, Moments, Recipe, prepare
+from bksdm_utils.dreambooth.model import DreamBoothModel, Lora
+from bksdm_utils.dreambooth.scores import subject_scores, table
+from bksdm_utils.dreambooth.subjects import (
     check_words,
     class_prompts,
     dreambooth_subjects,
     dreambooth_templates,
     load_subject,
-    prepare,
-    subject_scores,
 )
-from bksdm_utils.engine import Draw
-from bksdm_utils.pictures import picture_path, sample, storybook_prompts
-from bksdm_utils.presets import ROOT
-from bksdm_utils.sampling import (
-    Sampling,
-    generate,
-    load_lora,
-    load_pipeline,
-    model_hash,
-    picture_seed,
-    with_unet,
-)
-from bksdm_utils.scores import ClipJudge, dino
-from bksdm_utils.surgery import build_student
+from bksdm_utils.evaluation.folders import image_path, sample_folder
+from bksdm_utils.evaluation.networks import MetricClip, dino
+from bksdm_utils.evaluation.prompts import storybook_prompts
+from bksdm_utils.evaluation.sampling import image_seed, Sampling, generate
+from bksdm_utils.files import ROOT
+from bksdm_utils.models.hashes import model_hash
+from bksdm_utils.models.lora import load_lora
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.training.rng import BatchRng
 
 FAST = {"num_inference_steps": 4, "guidance_scale": 2.0}
 SMALL = Recipe("tabby", "z", 4, 2, (("full", 1e-3), ("lora", 1e-2)), lora=Lora(4, 6, text_rank=2, text_alpha=3))
@@ -60,7 +52,7 @@ def subject():
 @pytest.fixture
 def class_images(pipeline, subject):
     prompts = class_prompts(subject, 3)
-    return [(p.text, storybook.render(storybook.sample_scene(i), i)) for i, p in enumerate(prompts)]
+    return [(p.text, render(sample_scene(i), i)) for i, p in enumerate(prompts)]
 
 
 def lesson(pipeline, subject, folder, method="lora", recipe=SMALL, **changes):
@@ -72,12 +64,12 @@ def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, pr
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
     instance = Moments.of(pipeline, subject.real, subject.captions("z"), 64)
     prior = Moments.of(pipeline, [p for _, p in class_images], [c for c, _ in class_images], 64)
-    model = Personal(pipeline, "full", True)
-    draw = Draw(7, 5, range(2), 2, 5)
+    model = DreamBoothModel(pipeline, "full", True)
+    draw = BatchRng(7, 5, range(2), 2, 5)
     ours = DreamBooth(schedule, instance, prior, prior_weight=0.5).losses(model, draw)
-    generators, expected = Draw(7, 5, range(2), 2, 5).generators, {}
-    chosen = {"loss_instance": (instance, Draw(7, 5, range(2), 2, 5).indices),
-              "loss_prior": (prior, Draw(7, 5, range(2), 2, 3).indices)}  # fmt: skip
+    generators, expected = BatchRng(7, 5, range(2), 2, 5).generators, {}
+    chosen = {"loss_instance": (instance, BatchRng(7, 5, range(2), 2, 5).indices),
+              "loss_prior": (prior, BatchRng(7, 5, range(2), 2, 3).indices)}  # fmt: skip
     for name, (moments, indices) in chosen.items():
         errors = []
         shape = moments.mean.shape[1:]
@@ -97,7 +89,7 @@ def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, pr
     assert ours["loss"].item() == pytest.approx(
         (expected["loss_instance"] + 0.5 * expected["loss_prior"]).item(), rel=1e-5
     )
-    alone = DreamBooth(schedule, instance, None).losses(model, Draw(7, 5, range(2), 2, 5))
+    alone = DreamBooth(schedule, instance, None).losses(model, BatchRng(7, 5, range(2), 2, 5))
     assert set(alone) == {"loss", "loss_instance"} and alone["loss"].item() == pytest.approx(
         ours["loss_instance"].item()
     )
@@ -109,7 +101,7 @@ def test_what_is_trained_is_what_was_asked_for(pipeline_dir):
         linears = [m for m in pipeline.unet.named_modules() if m[0].endswith(("to_q", "to_v"))]
         texts = [m for m in pipeline.text_encoder.named_modules() if m[0].endswith(("q_proj", "v_proj"))]
         counts = [sum(p.numel() for p in part.parameters()) for part in (pipeline.unet, pipeline.text_encoder)]
-        model = Personal(pipeline, method, text, lora)
+        model = DreamBoothModel(pipeline, method, text, lora)
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model.num_trained, names, linears, texts, counts
 
@@ -137,7 +129,7 @@ def test_plain_diffusers_draws_the_same(pipeline_dir, subject, tmp_path, method)
         "import sys, torch, numpy as np\nfrom diffusers import StableDiffusionPipeline\n"
         f"{load}\n"
         "assert not any(m.startswith('bksdm') for m in sys.modules)\n"
-        f"seeds = {[picture_seed(0, 0), picture_seed(0, 1)]}\n"
+        f"seeds = {[image_seed(0, 0), image_seed(0, 1)]}\n"
         "generators = [torch.Generator().manual_seed(s) for s in seeds]\n"
         f"drawn = pipe({prompts!r}, generator=generators, num_inference_steps=4, guidance_scale=2.0).images\n"
         f"np.save({str(tmp_path / 'drawn.npy')!r}, np.stack([np.asarray(p) for p in drawn]))"
@@ -217,7 +209,7 @@ from bksdm_utils import dreambooth
 from bksdm_utils.dreambooth import Lora, Recipe
 from bksdm_utils.sampling import load_pipeline
 pipeline, folder, method, recipe = load_pipeline(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], eval(sys.argv[4])
-taught = dreambooth.prepare(pipeline, dreambooth.load_subject("tabby"), recipe, method, folder, checkpoint_steps=1)
+taught = prepare(pipeline, load_subject("tabby"), recipe, method, folder, checkpoint_steps=1)
 for step in taught.steps():
     print(step.step, flush=True)
     time.sleep(0.3)
@@ -359,7 +351,7 @@ def test_subjects_are_read_as_google_lays_them_out(dataset):
 
 def test_broken_pictures_are_set_aside_and_empty_folders_refused(tmp_path):
     for i in range(4):
-        storybook.render_subject("tabby", "by day", i).save(tmp_path / f"{i}.png")
+        render_subject("tabby", "by day", i).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff cut off")
     with pytest.raises(ValueError, match="class_word"):
         load_subject(str(tmp_path))
@@ -374,12 +366,12 @@ def test_broken_pictures_are_set_aside_and_empty_folders_refused(tmp_path):
 
 
 def test_storybooks_characters_are_new_to_the_teacher():
-    for name, (word, _) in storybook.SUBJECTS.items():
+    for name, (word, _) in SUBJECTS.items():
         subject = load_subject(name)
-        assert len(subject.pictures) == 5 and subject.word == word in storybook.OBJECTS
-        plain = [storybook.render(storybook.Scene((storybook.Thing("big", c, word),), "by day"), 0)
-                 for c in storybook.COLOURS]  # fmt: skip
-        drawn = np.asarray(storybook.render_subject(name, "by day", 0)).astype(int)
+        assert len(subject.pictures) == 5 and subject.word == word in OBJECTS
+        plain = [render(Scene((Thing("big", c, word),), "by day"), 0)
+                 for c in COLOURS]  # fmt: skip
+        drawn = np.asarray(render_subject(name, "by day", 0)).astype(int)
         assert min(np.abs(np.asarray(p).astype(int) - drawn).mean() for p in plain) > 1
     words = [p.text for p in class_prompts(load_subject("tabby"), 100)]
     assert all(" cat " in text for text in words) and len(set(words)) == 96
@@ -413,14 +405,14 @@ def test_settings_that_cannot_work_are_explained(pipeline_dir, pipeline_xl_dir, 
             Lora(**wrong)
     for targets in (("query",), ("to_q", "to_w"), ("o_q",)):  # PEFT takes those that it finds
         with pytest.raises(ValueError, match="no layer of the UNet2DConditionModel is called"):
-            Personal(load_pipeline(pipeline_dir), "lora", lora=Lora(targets=targets))
+            DreamBoothModel(load_pipeline(pipeline_dir), "lora", lora=Lora(targets=targets))
     for wrong in ({"prior_loss_weight": -1}, {"num_class_images": -1}, {"num_class_images": 0}):
         with pytest.raises(ValueError, match="num_class_images"):
             SMALL.with_parameters(**wrong)
     with pytest.raises(ValueError, match="unknown method 'both'"):
-        Personal(pipeline, "both")
+        DreamBoothModel(pipeline, "both")
     with pytest.raises(ValueError, match="expected SD-v1 or SD-v2"):
-        Personal(load_pipeline(pipeline_xl_dir), "full")
+        DreamBoothModel(load_pipeline(pipeline_xl_dir), "full")
     taught = lesson(
         load_pipeline(pipeline_dir), subject, tmp_path, recipe=SMALL.with_parameters(train_text_encoder=False)
     )
@@ -437,11 +429,11 @@ def test_settings_that_cannot_work_are_explained(pipeline_dir, pipeline_xl_dir, 
 
 
 def test_scores_know_the_subject_from_its_class():
-    judge, subject = ClipJudge(ROOT / "data" / "storybook" / "clip"), load_subject("tabby")
-    texts = [f"a cat {place}" for place in storybook.PLACES]
-    same = [storybook.render_subject("tabby", place, 100 + i) for i, place in enumerate(storybook.PLACES)]
-    other = [storybook.render(storybook.Scene((storybook.Thing("big", "green", "cat"),), place), i)
-             for i, place in enumerate(storybook.PLACES)]  # fmt: skip
+    judge, subject = MetricClip(ROOT / "data" / "storybook" / "clip"), load_subject("tabby")
+    texts = [f"a cat {place}" for place in PLACES]
+    same = [render_subject("tabby", place, 100 + i) for i, place in enumerate(PLACES)]
+    other = [render(Scene((Thing("big", "green", "cat"),), place), i)
+             for i, place in enumerate(PLACES)]  # fmt: skip
     right, wrong = (subject_scores(judge, None, p, subject.real, texts) for p in (same, other))
     assert right["clip_i"].value > wrong["clip_i"].value + 0.2 and set(right) == {"clip_i", "clip_t"}
     cosine = (judge.images(same)[:, None] * judge.images(subject.real)[None]).sum(-1)
@@ -453,7 +445,7 @@ def test_dino_is_loaded_from_files_of_its_format(tmp_path):
         dino()
     config = ViTConfig(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536)
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    network, judge = dino(place=str(tmp_path)), ClipJudge(ROOT / "data" / "storybook" / "clip")
+    network, judge = dino(place=str(tmp_path)), MetricClip(ROOT / "data" / "storybook" / "clip")
     subject = load_subject("koi")
     assert network(subject.real).shape == (5, 384)
     found = subject_scores(judge, network, subject.real, subject.real, ["a fish"] * 5)
@@ -461,11 +453,11 @@ def test_dino_is_loaded_from_files_of_its_format(tmp_path):
 
 
 def test_thirty_subjects_and_twenty_five_prompts_are_drawn_resumed_and_scored(dataset, pipeline, tmp_path):
-    judge, tables = ClipJudge(ROOT / "data" / "storybook" / "clip"), []
+    judge, tables = MetricClip(ROOT / "data" / "storybook" / "clip"), []
     fast = Sampling(num_inference_steps=4, guidance_scale=1.0)
     next(
         iter(
-            sample(
+            sample_folder(
                 pipeline,
                 load_subject("cat2", dataset=dataset).prompts("z", 1)[:9],
                 tmp_path / "pictures" / "cat2",
@@ -480,18 +472,18 @@ def test_thirty_subjects_and_twenty_five_prompts_are_drawn_resumed_and_scored(da
             subject, folder = load_subject(name, dataset=dataset), tmp_path / "pictures" / name
             prompts = subject.prompts("z", 1)
             for prompt in prompts[: lost.get(name, 0)]:
-                picture_path(folder, prompt.id).unlink()
-            steps = list(sample(pipeline, prompts, folder, fast, model="base"))
+                image_path(folder, prompt.id).unlink()
+            steps = list(sample_folder(pipeline, prompts, folder, fast, model="base"))
             assert sum(len(step.newest) for step in steps) == (25 if turn == 0 else lost.get(name, 0))
-            drawn = [Image.open(picture_path(folder, p.id)) for p in prompts]
+            drawn = [Image.open(image_path(folder, p.id)) for p in prompts]
             scores = subject_scores(judge, None, drawn, subject.real, subject.plain_texts(1))
             rows.append({"subject": name, **{score: list(s) for score, s in scores.items()}})
-        tables.append(dreambooth.table(rows))
-    table = tables[0]
-    assert table.equals(tables[1]) and table.equals(tables[2])
-    assert list(table["subject"]) == [*dreambooth_subjects(dataset), "mean"] and len(table) == 31
+        tables.append(table(rows))
+    scored = tables[0]
+    assert scored.equals(tables[1]) and scored.equals(tables[2])
+    assert list(scored["subject"]) == [*dreambooth_subjects(dataset), "mean"] and len(scored) == 31
     for score in ("clip_i", "clip_t"):
-        assert [float(text.split()[0]) for text in table[score][:30]] == pytest.approx(
+        assert [float(text.split()[0]) for text in scored[score][:30]] == pytest.approx(
             [row[score][0] for row in rows], abs=0.006
         )
         mean = np.mean([row[score][0] for row in rows])

@@ -9,10 +9,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from bksdm_utils.dreambooth import Personal
-from bksdm_utils.run import find_notebook
-from bksdm_utils.sampling import load_pipeline, with_unet
-from bksdm_utils.surgery import RemovalPlan, Stage, build_student, find_plan
+from bksdm_utils.core.plans import RemovalPlan, Stage, find_plan
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.dreambooth.model import DreamBoothModel
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.workbook.parameters import find_notebook
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pict
 
 def a_lora(folder, pipeline_dir, student):
     pipeline = load_pipeline(pipeline_dir)
-    personal = Personal(with_unet(pipeline, UNet2DConditionModel.from_pretrained(student)), "lora", False)
+    personal = DreamBoothModel(with_unet(pipeline, UNet2DConditionModel.from_pretrained(student)), "lora", False)
     for parameter in personal.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import disk_full_beyond
 
-from bksdm_utils.engine import Draw, Log, Trainer, TrainingConfig, save_model
+from bksdm_utils.config.training import TrainingConfig
+from bksdm_utils.files import CsvLog
+from bksdm_utils.models.saving import save_model
+from bksdm_utils.training.rng import BatchRng
+from bksdm_utils.training.trainer import Trainer
 
 CONFIG = TrainingConfig(6, batch_size=4, learning_rate=1e-2, checkpoint_steps=2, lr_schedule="cosine", ema_decay=0.9)
 EXAMPLES = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
@@ -89,15 +93,15 @@ def test_accumulation_draws_what_one_large_batch_draws(tmp_path):
 
 
 def test_draws_depend_on_step_and_position_alone():
-    whole = Draw(0, 3, range(0, 8), 8, 10)
-    half = Draw(0, 3, range(4, 8), 8, 10)
+    whole = BatchRng(0, 3, range(0, 8), 8, 10)
+    half = BatchRng(0, 3, range(4, 8), 8, 10)
     assert whole.indices[4:] == half.indices
     assert torch.equal(whole.normal(2, 2)[4:], half.normal(2, 2))
-    assert not torch.equal(Draw(0, 4, range(0, 8), 8, 10).normal(2), Draw(0, 3, range(0, 8), 8, 10).normal(2))
+    assert not torch.equal(BatchRng(0, 4, range(0, 8), 8, 10).normal(2), BatchRng(0, 3, range(0, 8), 8, 10).normal(2))
 
 
 def test_an_epoch_shows_every_example_once():
-    seen = [i for step in range(5) for i in Draw(7, step, range(4), 4, 10).indices]
+    seen = [i for step in range(5) for i in BatchRng(7, step, range(4), 4, 10).indices]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
 
 
@@ -116,12 +120,12 @@ def test_settings_that_cannot_be_meant_are_refused(bad):
 
 
 def test_a_resumed_log_drops_rows_that_are_done_again(tmp_path):
-    log = Log(tmp_path / "log.csv")
+    log = CsvLog(tmp_path / "log.csv")
     for step in range(1, 6):
         log.append({"step": step, "loss": step / 10})
-    resumed = Log(tmp_path / "log.csv", step=3)
+    resumed = CsvLog(tmp_path / "log.csv", step=3)
     resumed.append({"step": 4, "loss": 1.0})
-    assert [row["loss"] for row in Log(tmp_path / "log.csv", step=9).rows] == [0.1, 0.2, 0.3, 1.0]
+    assert [row["loss"] for row in CsvLog(tmp_path / "log.csv", step=9).rows] == [0.1, 0.2, 0.3, 1.0]
 
 
 def test_a_model_is_saved_whole_or_not_at_all(tmp_path):
@@ -396,4 +400,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     assert kills >= 2 and resumed.step == 400
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert torch.equal(resumed.ema.shadow_params[0], whole.ema.shadow_params[0])
-    assert [row["loss"] for row in Log(tmp_path / "killed" / "log.csv", step=400).rows] == pytest.approx(losses, abs=0)
+    assert [row["loss"] for row in CsvLog(tmp_path / "killed" / "log.csv", step=400).rows] == pytest.approx(
+        losses, abs=0
+    )

@@ -9,53 +9,41 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from bksdm_utils import evaluation, pictures, presets, scores, storybook
-from bksdm_utils.data import in_threads
-from bksdm_utils.dreambooth import load_subject
-from bksdm_utils.evaluation import (
-    Evaluator,
-    Protocol,
-    Rows,
-    as_paper,
-    as_stored,
-    by_short_name,
-    compute,
-    distance_to,
-    real_pictures,
-)
-from bksdm_utils.pictures import (
-    Prompt,
-    _fixed,
-    picture_path,
-    read_manifest,
-    read_prompts,
-    sample,
-    storybook_prompts,
-    whole_pictures,
-)
-from bksdm_utils.presets import PRESETS, ROOT, Missing, find_preset
-from bksdm_utils.run import Run, write_json
-from bksdm_utils.sampling import Sampling, load_pipeline
-from bksdm_utils.scores import ClipJudge, Network, Score, Statistics, clip_score, fid
+from bksdm_utils.config.presets import PRESETS, find_preset
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.dreambooth.subjects import load_subject
+from bksdm_utils.evaluation.evaluator import Evaluator, by_short_name, distance_to
+from bksdm_utils.evaluation.features import FeatureCache, compute, real_images
+from bksdm_utils.evaluation.folders import _fixed, complete_images, image_path, read_manifest, sample_folder
+from bksdm_utils.evaluation.metrics import Score, Statistics, clip_score, fid
+from bksdm_utils.evaluation.networks import MetricClip, Network, dino
+from bksdm_utils.evaluation.prompts import Prompt, read_prompts, storybook_prompts
+from bksdm_utils.evaluation.protocols import PROTOCOLS, Protocol, as_paper, as_stored
+from bksdm_utils.evaluation.sampling import Sampling
+from bksdm_utils.files import ROOT, NotAvailable, in_threads, write_json
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.workbook.run import Run
 
 
 def fill(folder, drawn, image_format="png", model="m"):
-    """A folder of pictures as `pictures.sample` leaves it: id -> (text, picture)."""
-    from bksdm_utils.pictures import _write_picture
+    """A folder of pictures as `sample_folder` leaves it: id -> (text, picture)."""
+    from bksdm_utils.evaluation.folders import _write_image
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_json(folder / "sampling.json", {"model": model, "image_format": image_format})
     with (folder / "manifest-0.jsonl").open("a", encoding="utf-8") as manifest:
         for id, (text, picture) in drawn.items():
-            sha256 = _write_picture(picture_path(folder, id), picture)
+            sha256 = _write_image(image_path(folder, id), picture)
             manifest.write(json.dumps({"id": id, "text": text, "seed": 0, "sha256": sha256}) + "\n")
     return [Prompt(id, text) for id, (text, _) in drawn.items()]
 
 
 def renders(count, seed=1000):
-    scenes = {f"test-{i}": storybook.sample_scene(i, "test") for i in range(count)}
-    return {id: (scene.caption, storybook.render(scene, seed + i)) for i, (id, scene) in enumerate(scenes.items())}
+    scenes = {f"test-{i}": sample_scene(i, "test") for i in range(count)}
+    return {id: (scene.caption, render(scene, seed + i)) for i, (id, scene) in enumerate(scenes.items())}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +69,9 @@ def test_scores_are_of_these_pictures_or_computed_anew(evaluator, tmp_path, monk
     prompts = fill(tmp_path, drawn)
     first = evaluator.evaluate(tmp_path, prompts[:40])
     counted = []
-    monkeypatch.setattr(evaluation, "compute", lambda *a, **k: counted.append(a) or compute(*a, **k))
+    monkeypatch.setattr(
+        "bksdm_utils.evaluation.evaluator.compute", lambda *a, **k: counted.append(a) or compute(*a, **k)
+    )
     assert evaluator.evaluate(tmp_path, prompts[:40]) == first and not counted  # read from the file
     looked_at = []
     network = evaluator.features
@@ -91,7 +81,7 @@ def test_scores_are_of_these_pictures_or_computed_anew(evaluator, tmp_path, monk
     monkeypatch.setitem(evaluator.judge.__dict__, "pictures", counting)
     more = evaluator.evaluate(tmp_path, prompts)
     assert more.num_images == 41 and sum(looked_at) == 1  # one more picture, one more row
-    cat = storybook.render(storybook.sample_scene(3, "test"), 7)
+    cat = render(sample_scene(3, "test"), 7)
     fill(tmp_path, {"test-3": (prompts[3].text, cat)})
     changed = evaluator.evaluate(tmp_path, prompts)
     assert changed.key != more.key and changed.scores != more.scores and sum(looked_at) == 2
@@ -118,7 +108,7 @@ def test_another_version_computes_anew(evaluator, tmp_path, monkeypatch):
     prompts = fill(tmp_path, renders(20))
     before = evaluator.evaluate(tmp_path, prompts).key
     kept = set(tmp_path.glob("rows-*"))
-    monkeypatch.setattr(evaluation, "VERSION", 999)
+    monkeypatch.setattr("bksdm_utils.evaluation.evaluator.VERSION", 999)
     assert evaluator.evaluate(tmp_path, prompts).key != before
     assert len(set(tmp_path.glob("rows-*")) - kept) == len(kept) == 2
 
@@ -135,8 +125,8 @@ def test_other_captions_under_the_same_ids_are_refused(evaluator, tmp_path):
 
 def test_missing_and_damaged_pictures_are_set_aside_and_counted(evaluator, tmp_path):
     prompts = fill(tmp_path, renders(30), image_format="jpeg")
-    picture_path(tmp_path, "test-4").unlink()
-    cut = picture_path(tmp_path, "test-9")
+    image_path(tmp_path, "test-4").unlink()
+    cut = image_path(tmp_path, "test-9")
     cut.write_bytes(cut.read_bytes()[:-200])
     found = evaluator.evaluate(tmp_path, prompts)
     assert found.num_images == 28 and [id for id, _ in found.skipped] == ["test-4", "test-9"]
@@ -153,7 +143,7 @@ def test_a_folder_filled_by_the_sampler_is_scored(evaluator, pipeline_dir, tmp_p
     prompts = storybook_prompts(24)
     for name in ("one", "other"):
         list(
-            sample(
+            sample_folder(
                 load_pipeline(pipeline_dir), prompts, tmp_path / name, Sampling(num_inference_steps=4, seed=len(name))
             )
         )
@@ -174,7 +164,7 @@ def test_fid_falls_with_the_number_of_pictures(evaluator, tmp_path):
 
 
 def test_the_papers_view_is_jpeg_bicubic_jpeg():
-    picture = storybook.render(storybook.sample_scene(1), 1, 512)
+    picture = render(sample_scene(1), 1, 512)
 
     def through_files(picture):  # as separate tools did it, by files
         file = io.BytesIO()
@@ -190,13 +180,13 @@ def test_the_papers_view_is_jpeg_bicubic_jpeg():
 def test_real_pictures_come_from_folders_and_zips(tmp_path):
     (tmp_path / "val2014").mkdir()
     for i in range(3):
-        storybook.render(storybook.sample_scene(i), i).save(tmp_path / "val2014" / f"{i}.jpg")
+        render(sample_scene(i), i).save(tmp_path / "val2014" / f"{i}.jpg")
     (tmp_path / "val2014" / "notes.txt").write_text("no picture")
     with zipfile.ZipFile(tmp_path / "val2014.zip", "w") as archive:
         for path in (tmp_path / "val2014").iterdir():
             archive.write(path, f"val2014/{path.name}")
     for place in (tmp_path / "val2014", tmp_path / "val2014.zip"):
-        with real_pictures(place) as found:
+        with real_images(place) as found:
             opened = list(in_threads(lambda open_: np.asarray(open_()).shape, list(found.values()) * 20))
         assert len(found) == 3 and set(opened) == {(64, 64, 3)}
     (tmp_path / "empty").mkdir()
@@ -207,7 +197,7 @@ def test_real_pictures_come_from_folders_and_zips(tmp_path):
     for place, fault in (("nowhere", "coco_statistics"), ("nowhere.zip", "coco_statistics"),
                          ("empty", "holds no pictures"), ("empty.zip", "holds no pictures"),
                          ("text.zip", "cannot be read"), ("broken.zip", "cannot be read")):  # fmt: skip
-        with pytest.raises(ValueError, match=fault), real_pictures(tmp_path / place):
+        with pytest.raises(ValueError, match=fault), real_images(tmp_path / place):
             pass
 
 
@@ -215,7 +205,7 @@ def test_an_archive_of_real_pictures_is_opened_once(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
         for i in range(30):
             file = io.BytesIO()
-            storybook.render(storybook.sample_scene(i), i).save(file, "PNG")
+            render(sample_scene(i), i).save(file, "PNG")
             archive.writestr(f"{i}.png", file.getvalue())
     opened = []
 
@@ -230,7 +220,7 @@ def test_an_archive_of_real_pictures_is_opened_once(tmp_path, monkeypatch):
 
 
 def test_statistics_of_another_network_are_refused(tmp_path):
-    clip = ClipJudge(ROOT / "data" / "storybook" / "clip").pictures
+    clip = MetricClip(ROOT / "data" / "storybook" / "clip").pictures
     size = clip.dim
     np.savez(tmp_path / "small.npz", mu=np.zeros(8), sigma=np.eye(8))
     np.savez(tmp_path / "nameless.npz", mu=np.zeros(size), sigma=np.eye(size))
@@ -252,26 +242,26 @@ def nothing_fetched(monkeypatch, tmp_path):
     """Whoever has fetched weights finds none of them here."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
-    for module in (presets, pictures, scores):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    for module in ("files", "evaluation.prompts", "evaluation.networks"):
+        monkeypatch.setattr(f"bksdm_utils.{module}.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
 def test_networks_that_are_not_here_are_named_with_the_command(nothing_fetched):
-    with pytest.raises(Missing, match="hf download laion/CLIP-ViT-g-14"):
+    with pytest.raises(NotAvailable, match="hf download laion/CLIP-ViT-g-14"):
         Evaluator("paper")
     clip = str(ROOT / "data" / "storybook" / "clip")
     for protocol, name in (("paper", "inception_pytorch_fid"), ("clean", "inception_clean_fid")):
-        with pytest.raises(Missing, match=f"downloads {name}"):
+        with pytest.raises(NotAvailable, match=f"downloads {name}"):
             Evaluator(protocol, clip=clip)
-    with pytest.raises(Missing, match="hf download facebook/dino"):
-        scores.dino()
-    with pytest.raises(Missing, match="coco_captions"):
+    with pytest.raises(NotAvailable, match="hf download facebook/dino"):
+        dino()
+    with pytest.raises(NotAvailable, match="coco_captions"):
         read_prompts(PRESETS["sd-v1.4"].prompts)
-    with pytest.raises(Missing, match="coco_statistics"):
-        Evaluator("storybook", real=evaluation.PROTOCOLS["paper"].real, clip=clip)
-    with pytest.raises(Missing, match="coco_pictures"):  # never the paper's statistics of another network
-        Evaluator("storybook", real=evaluation.PROTOCOLS["clean"].real, clip=clip)
+    with pytest.raises(NotAvailable, match="coco_statistics"):
+        Evaluator("storybook", real=PROTOCOLS["paper"].real, clip=clip)
+    with pytest.raises(NotAvailable, match="coco_pictures"):  # never the paper's statistics of another network
+        Evaluator("storybook", real=PROTOCOLS["clean"].real, clip=clip)
     assert find_preset("sd-v1.4", protocol="clean").real is None
 
 
@@ -279,9 +269,9 @@ def test_what_was_mistyped_is_not_taken_for_missing(tmp_path):
     for told in ({"real": tmp_path / "tpyo.npz"}, {"real": "data/tpyo.zip"}, {"clip": str(tmp_path / "clpi")}):
         with pytest.raises(ValueError, match="missing|no CLIP") as found:
             Evaluator("storybook", cache_dir=tmp_path, **told)
-        assert not isinstance(found.value, Missing)
+        assert not isinstance(found.value, NotAvailable)
     (tmp_path / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
-    for subject, dataset, kind in (("dog", tmp_path / "nowhere", Missing), ("dgo", tmp_path, ValueError),
+    for subject, dataset, kind in (("dog", tmp_path / "nowhere", NotAvailable), ("dgo", tmp_path, ValueError),
                                    ("my/dgo", tmp_path / "nowhere", ValueError)):  # fmt: skip
         with pytest.raises(ValueError, match="no subject") as found:
             load_subject(subject, dataset=dataset)
@@ -295,12 +285,12 @@ def test_only_what_is_missing_is_skipped_and_only_where_it_may_be(tmp_path, caps
     def fails(error):
         raise error
 
-    assert run("sd-v1.4").or_skip(fails, Missing("no weights")) is None
+    assert run("sd-v1.4").or_skip(fails, NotAvailable("no weights")) is None
     assert "skipped: no weights" in capsys.readouterr().out
     with pytest.raises(ValueError, match="two columns"):
         run("sd-v1.4").or_skip(fails, ValueError("two columns"))
-    with pytest.raises(Missing):
-        run("storybook").or_skip(fails, Missing("no weights"))
+    with pytest.raises(NotAvailable):
+        run("storybook").or_skip(fails, NotAvailable("no weights"))
 
 
 def test_students_of_like_paths_keep_names_of_their_own():
@@ -312,26 +302,31 @@ def test_students_of_like_paths_keep_names_of_their_own():
 
 def test_long_work_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     network = Network("tiny", "0", 1, lambda x: torch.tensor([float(x)]), lambda x: x)
-    compute(Rows(tmp_path / "short", 1), network, {"a": lambda: 1})
+    compute(FeatureCache(tmp_path / "short", 1), network, {"a": lambda: 1})
     assert capsys.readouterr().out == ""
-    plain = evaluation.tqdm
-    monkeypatch.setattr(evaluation, "tqdm", lambda **told: plain(**told | {"delay": 0, "mininterval": 0}))
-    compute(Rows(tmp_path / "long", 1), network, {str(i): (lambda i=i: i) for i in range(200)})
+    plain = tqdm
+    monkeypatch.setattr(
+        "bksdm_utils.evaluation.features.tqdm", lambda **told: plain(**told | {"delay": 0, "mininterval": 0})
+    )
+    compute(FeatureCache(tmp_path / "long", 1), network, {str(i): (lambda i=i: i) for i in range(200)})
     told = capsys.readouterr()
     assert "200/200" in told.out and "tiny" in told.out and told.err == ""
 
 
 def test_a_kill_between_rows_and_index_costs_a_block(tmp_path):
-    rows = Rows(tmp_path, 3)
+    rows = FeatureCache(tmp_path, 3)
     rows.add(["a", "b"], np.arange(6).reshape(2, 3))
     with rows.numbers.open("ab") as file:
         file.write(b"\x00" * 7)
     with rows.index.open("a") as file:
         file.write("c\nto")
-    again = Rows(tmp_path, 3)
+    again = FeatureCache(tmp_path, 3)
     assert list(again.place) == ["a", "b"] and again.all().tolist() == [[0, 1, 2], [3, 4, 5]]
     again.add(["c"], np.ones((1, 3)))
-    assert Rows(tmp_path, 3).all()[Rows(tmp_path, 3).where(["c", "a"])].tolist() == [[1, 1, 1], [0, 1, 2]]
+    assert FeatureCache(tmp_path, 3).all()[FeatureCache(tmp_path, 3).where(["c", "a"])].tolist() == [
+        [1, 1, 1],
+        [0, 1, 2],
+    ]
 
 
 def test_thirty_thousand_pictures_stay_flat_in_memory(tmp_path):
@@ -345,10 +340,10 @@ def test_thirty_thousand_pictures_stay_flat_in_memory(tmp_path):
     items = {f"{i:064x}": (lambda i=i: Image.fromarray(tiny[i])) for i in range(count)}
     half = dict(list(items.items())[: count // 2])
     tracemalloc.start()
-    compute(Rows(tmp_path, dim), network, half)
+    compute(FeatureCache(tmp_path, dim), network, half)
     first = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    rows = Rows(tmp_path, dim)
+    rows = FeatureCache(tmp_path, dim)
     assert compute(rows, network, items) == [] and len(rows.place) == count
     statistics = Statistics.of(rows.all())
     assert tracemalloc.get_traced_memory()[1] < first + 12e6  # the index grows by its 64 digits a picture
@@ -379,8 +374,8 @@ def seconds_of_folders(folder, count, pipeline):
     told = Sampling(num_inference_steps=4)
     write_json(folder / "sampling.json", _fixed(told) | {"model": "m"})
     evaluator, tools = Evaluator("tiny", folder.parent / "real.npz"), {
-        "manifest": lambda: read_manifest(folder), "whole": lambda: whole_pictures(folder),
-        "resume": lambda: list(sample(pipeline, prompts, folder, told, "m")),
+        "manifest": lambda: read_manifest(folder), "whole": lambda: complete_images(folder),
+        "resume": lambda: list(sample_folder(pipeline, prompts, folder, told, "m")),
         "evaluate": lambda: evaluator.evaluate(folder, prompts),
         "evaluate again": lambda: evaluator.evaluate(folder, prompts),
     }  # fmt: skip
@@ -395,8 +390,8 @@ def seconds_of_folders(folder, count, pipeline):
 def test_folders_cost_time_in_proportion_to_their_pictures(tmp_path, pipeline_dir, monkeypatch):
     classes = Network("classes", "0", 8, lambda x: torch.from_numpy(np.array(x)).float().flatten()[-8:], lambda x: x)
     tiny = Protocol("tiny", as_stored, "tiny", classes=lambda _: classes)
-    monkeypatch.setitem(evaluation.PROTOCOLS, "tiny", tiny)
-    monkeypatch.setattr(evaluation, "ClipJudge", TinyJudge)
+    monkeypatch.setitem(PROTOCOLS, "tiny", tiny)
+    monkeypatch.setattr("bksdm_utils.evaluation.evaluator.MetricClip", TinyJudge)
     Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "real.npz", TinyJudge().pictures)
     pipeline = load_pipeline(pipeline_dir)
     seconds_of_folders(tmp_path / "first", 100, pipeline)  # imports and the like
@@ -407,7 +402,7 @@ def test_folders_cost_time_in_proportion_to_their_pictures(tmp_path, pipeline_di
 def test_broken_real_pictures_are_set_aside(tmp_path, capsys):
     (tmp_path / "real").mkdir()
     for i in range(30):
-        storybook.render(storybook.sample_scene(i), i).save(tmp_path / "real" / f"{i}.png")
+        render(sample_scene(i), i).save(tmp_path / "real" / f"{i}.png")
     (tmp_path / "real" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     file = io.BytesIO()
     Image.effect_noise((300, 300), 50).save(file, "JPEG")
@@ -420,4 +415,4 @@ def test_broken_real_pictures_are_set_aside(tmp_path, capsys):
     with pytest.raises(ValueError, match="no sampling.json"):
         found.evaluate(tmp_path / "tpyo", storybook_prompts(20))
     assert not (tmp_path / "tpyo").exists()
-    assert isinstance(found.judge, ClipJudge)
+    assert isinstance(found.judge, MetricClip)

@@ -14,11 +14,17 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from bksdm_utils import export
-from bksdm_utils.sampling import load_pipeline, with_scheduler, with_unet
-from bksdm_utils.surgery import RemovalPlan, Stage, build_student
+from bksdm_utils.core.plans import RemovalPlan, Stage
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.deploy.core_ml import check_core_ml, save_core_ml
+from bksdm_utils.deploy.diffusers_folder import Card, model_card, save_diffusers
+from bksdm_utils.deploy.export import upload
+from bksdm_utils.deploy.onnx import parts, save_onnx
+from bksdm_utils.deploy.single_file import ldm_unet, ldm_vae, save_single_file, with_mid_block
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.models.schedulers import with_scheduler
 
-CARD = export.Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
+CARD = Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
 THREADS = torch.get_num_threads()
 HEAD = """
 import sys
@@ -64,7 +70,7 @@ def elsewhere(program, folder):
 
 def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_path):
     for name, student in students.items():
-        export.save_diffusers(student, tmp_path / name, CARD)
+        save_diffusers(student, tmp_path / name, CARD)
     elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
               "    np.save(n, draw(StableDiffusionPipeline.from_pretrained(n)))", tmp_path)  # fmt: skip
     for name, student in students.items():
@@ -82,7 +88,7 @@ def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_p
 
 def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
     for name, student in students.items():
-        about = export.save_single_file(student, tmp_path / name, "model")
+        about = save_single_file(student, tmp_path / name, "model")
         assert ("changes nothing" in about) == (name != "bk_base") and "ViT-L/14" in about
     elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
               "    pipe = StableDiffusionPipeline.from_single_file(f'{n}/model.safetensors', config=f'{n}/config',\n"
@@ -90,7 +96,7 @@ def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
               "    np.save(n, draw(pipe))", tmp_path)  # fmt: skip
     for name, student in students.items():
         assert np.abs(np.load(tmp_path / f"{name}.npy") - drawn(student)).max() < 1e-4
-        whole = export.with_mid_block(student.unet)
+        whole = with_mid_block(student.unet)
         tensors = load_file(tmp_path / name / "model.safetensors")
         in_file = [k for k in tensors if k.startswith("model.diffusion_model.")]
         assert len(in_file) == len(whole.state_dict())
@@ -105,7 +111,7 @@ def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
 def test_names_of_the_single_file_are_those_of_stable_diffusion(pipeline_dir):
     """The teacher has SD-v1's topology, so its file must have the names that the published checkpoint has."""
     teacher = load_pipeline(pipeline_dir)
-    unet, vae = export.ldm_unet(teacher.unet), export.ldm_vae(teacher.vae)
+    unet, vae = ldm_unet(teacher.unet), ldm_vae(teacher.vae)
     for name in ("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "input_blocks.3.0.op.weight",
                  "input_blocks.4.0.skip_connection.weight", "input_blocks.11.0.out_layers.3.bias",
                  "middle_block.1.proj_in.weight", "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight",
@@ -126,10 +132,10 @@ def test_what_the_original_layout_cannot_express_is_said(pipeline_dir, tmp_path)
     plan = RemovalPlan("uneven", (Stage((0, 1), (0, 1, 2)), *[Stage((0,), (0, 2))] * 3))
     uneven = with_unet(base, build_student(base.unet, plan))
     with pytest.raises(ValueError, match=r"as many layers in every stage"):
-        export.save_single_file(uneven, tmp_path / "uneven", "model")
+        save_single_file(uneven, tmp_path / "uneven", "model")
     second = UNet2DConditionModel.from_config({**base.unet.config, "use_linear_projection": True})
     with pytest.raises(ValueError, match="SD-v1's kind"):
-        export.save_single_file(with_unet(base, second), tmp_path / "v2", "model")
+        save_single_file(with_unet(base, second), tmp_path / "v2", "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -151,7 +157,7 @@ def drawn_by_onnx(folder, guidance):
 def test_onnx_draws_the_same_picture_elsewhere(students, tmp_path):
     pytest.importorskip("onnxruntime")
     students["bk_small"].vae.enable_slicing()  # as on a GPU
-    export.save_onnx(students["bk_small"], tmp_path / "onnx")
+    save_onnx(students["bk_small"], tmp_path / "onnx")
     theirs = drawn_by_onnx(tmp_path / "onnx", 2)
     assert np.abs(theirs - drawn(students["bk_small"]) * 255).mean() < 1
     assert np.abs(drawn_by_onnx(tmp_path / "onnx", 0) - drawn(students["bk_small"], 0) * 255).mean() < 1
@@ -165,21 +171,21 @@ def test_onnx_draws_the_same_picture_elsewhere(students, tmp_path):
 
 def test_core_ml_packages_hold_the_weights(students, tmp_path):
     pytest.importorskip("coremltools")
-    export.save_core_ml(students["bk_small"], tmp_path / "core_ml")
-    found = export.check_core_ml(students["bk_small"], tmp_path / "core_ml")
+    save_core_ml(students["bk_small"], tmp_path / "core_ml")
+    found = check_core_ml(students["bk_small"], tmp_path / "core_ml")
     assert found["unet"] == len(list(students["bk_small"].unet.parameters())) and found["vae_decoder"] > 30
     changed = build_student(load_pipeline_unet(students), "bk_small", copy=False)
     with pytest.raises(ValueError, match="lacks or changes"):
-        export.check_core_ml(with_unet(students["bk_small"], changed), tmp_path / "core_ml")
+        check_core_ml(with_unet(students["bk_small"], changed), tmp_path / "core_ml")
     mixed_up = copy.deepcopy(students["bk_small"].unet)
     attention = mixed_up.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attention.to_q, attention.to_k = attention.to_k, attention.to_q
     with pytest.raises(ValueError, match="changes 2 weights, such as .*to_[kq]"):
-        export.check_core_ml(with_unet(students["bk_small"], mixed_up), tmp_path / "core_ml")
+        check_core_ml(with_unet(students["bk_small"], mixed_up), tmp_path / "core_ml")
     larger = copy.deepcopy(students["bk_small"].unet)
     larger.register_to_config(sample_size=16)
     with pytest.raises(ValueError, match="takes and gives .*: expected .*16, 16"):
-        export.check_core_ml(with_unet(students["bk_small"], larger), tmp_path / "core_ml")
+        check_core_ml(with_unet(students["bk_small"], larger), tmp_path / "core_ml")
 
 
 def load_pipeline_unet(students):
@@ -190,17 +196,17 @@ def test_an_export_leaves_the_pipeline_as_it_is(students):
     teacher = students["bk_base"]
     half = with_unet(teacher, copy.deepcopy(teacher.unet).to(torch.bfloat16))
     half.text_encoder, half.vae = (copy.deepcopy(p).to(torch.bfloat16) for p in (teacher.text_encoder, teacher.vae))
-    networks = export.parts(half)
+    networks = parts(half)
     assert {p.dtype for network, _, _ in networks.values() for p in network.parameters()} == {torch.float32}
     assert {part.dtype for part in (half.unet, half.text_encoder, half.vae)} == {torch.bfloat16}
 
 
 def test_sdxl_goes_to_a_diffusers_folder_and_nowhere_else(pipeline_xl_dir, tmp_path):
     large = load_pipeline(pipeline_xl_dir)
-    for save in (export.save_onnx, export.save_core_ml, lambda *a: export.save_single_file(*a, "model")):
+    for save in (save_onnx, save_core_ml, lambda *a: save_single_file(*a, "model")):
         with pytest.raises(ValueError, match="not for a StableDiffusionXLPipeline"):
             save(large, tmp_path / "no")
-    export.save_diffusers(large, tmp_path / "xl", CARD)
+    save_diffusers(large, tmp_path / "xl", CARD)
     for number in ("", "_2"):
         assert (tmp_path / "xl" / f"tokenizer{number}" / "merges.txt").is_file()
         names = load_file(tmp_path / "xl" / f"text_encoder{number}" / "model.safetensors")
@@ -216,14 +222,14 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, mon
     (tmp_path / "new.part").mkdir()
     (tmp_path / "new.part" / "thesis.txt").write_text("precious too")
     with pytest.raises(ValueError, match="is there already"):
-        export.save_diffusers(students["bk_tiny"], tmp_path / "mine", CARD)
+        save_diffusers(students["bk_tiny"], tmp_path / "mine", CARD)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot be written"):
-        export.save_diffusers(students["bk_tiny"], tmp_path / "file" / "below", CARD)
-    monkeypatch.setattr(export, "model_card", lambda card: 1 / 0)
+        save_diffusers(students["bk_tiny"], tmp_path / "file" / "below", CARD)
+    monkeypatch.setattr("bksdm_utils.deploy.diffusers_folder.model_card", lambda card: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
+        save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "new.part"]
     assert (tmp_path / "new.part" / "thesis.txt").exists()
 
@@ -232,11 +238,11 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, mon
 
     monkeypatch.setattr(Path, "mkdir", locked)  # root may write anywhere, so no real folder would do
     with pytest.raises(ValueError, match="cannot be written .Permission denied.: name a folder of your own"):
-        export.save_diffusers(students["bk_tiny"], tmp_path / "locked", CARD)
+        save_diffusers(students["bk_tiny"], tmp_path / "locked", CARD)
 
 
 def test_missing_packages_are_named(students, tmp_path, monkeypatch):
-    for module, save in (("onnx", export.save_onnx), ("coremltools", export.save_core_ml)):
+    for module, save in (("onnx", save_onnx), ("coremltools", save_core_ml)):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=r"pip install -e '\.\[export\]'"):
             save(students["bk_tiny"], tmp_path / module)
@@ -244,12 +250,12 @@ def test_missing_packages_are_named(students, tmp_path, monkeypatch):
 
 
 def test_a_card_says_what_is_known_and_what_is_not():
-    text = export.model_card(CARD)
+    text = model_card(CARD)
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "a teacher" and head["library_name"] == "diffusers"
     assert "| CLIP score | 0.81 ± 0.01 |" in text and "Protocol: storybook; pictures: not recorded" in text
-    assert "| optimizer steps | not recorded |" in text and "4,873,412" in export.model_card(
-        export.Card("x", "bk_small", "y", num_parameters=4873412)
+    assert "| optimizer steps | not recorded |" in text and "4,873,412" in model_card(
+        Card("x", "bk_small", "y", num_parameters=4873412)
     )
 
 
@@ -261,12 +267,12 @@ def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
         "upload_folder": lambda self, **k: calls.append(("upload", k)),
         "repo_info": lambda self, name: type("Info", (), {"private": name == "me/student"}),
     })())  # fmt: skip
-    export.upload(tmp_path, "me/student")
+    upload(tmp_path, "me/student")
     assert not calls and "nothing was uploaded" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no repo_id"):
-        export.upload(tmp_path, None, push_to_hub=True)
-    export.upload(tmp_path, "me/student", push_to_hub=True)
+        upload(tmp_path, None, push_to_hub=True)
+    upload(tmp_path, "me/student", push_to_hub=True)
     assert [call[0] for call in calls] == ["create", "upload"] and calls[0][2]["private"]
     assert "model.safetensors  0.02 MB" in (told := capsys.readouterr().out) and "me/student is private" in told
-    export.upload(tmp_path, "me/known", push_to_hub=True)
+    upload(tmp_path, "me/known", push_to_hub=True)
     assert "me/known is public: everybody sees" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 import io
 import tarfile
+from collections import deque
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from conftest import disk_full_beyond
 from PIL import Image
 from safetensors import safe_open
 
-from bksdm_utils import latents
-from bksdm_utils.engine import Draw
-from bksdm_utils.latents import LatentDataset, StreamedDataset, load_latents
-from bksdm_utils.presets import find_preset
-from bksdm_utils.sampling import load_pipeline
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.files import check_disk
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.training.encoding import token_ids
+from bksdm_utils.training.latents import LatentDataset, _write_shard, encode, load_latents
+from bksdm_utils.training.rng import BatchRng
+from bksdm_utils.training.streams import StreamedDataset
 
 
 def picture(number, size=(40, 36)):
@@ -41,7 +44,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(latents, "SHARD_SIZE", 4)
+    monkeypatch.setattr("bksdm_utils.training.latents.SHARD_SIZE", 4)
 
 
 def preset(place, **settings):
@@ -76,7 +79,7 @@ def write_shards(folder, kind, count=20, per_shard=7, bad=()):
 
 def test_a_build_that_was_killed_goes_on_where_it_stopped(folder, pipeline, tmp_path, small_shards, monkeypatch):
     whole = load_latents(preset(folder), pipeline, tmp_path / "whole")
-    encode, calls = latents.encode, []
+    calls = []
 
     def killed_at_the_second(*arguments):
         calls.append(arguments[1])
@@ -84,7 +87,7 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(folder, pipeline, tmp_
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(latents, "encode", killed_at_the_second)
+    monkeypatch.setattr("bksdm_utils.training.latents.encode", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         load_latents(preset(folder), pipeline, tmp_path / "cut")
     resumed = load_latents(preset(folder), pipeline, tmp_path / "cut")
@@ -111,7 +114,7 @@ def test_a_full_disk_keeps_the_shards_before_it(folder, pipeline, tmp_path, smal
 
 
 def test_too_little_disk_is_said_before_encoding(folder, pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents.check_disk.__globals__["shutil"], "disk_usage", lambda _: type("U", (), {"free": 10}))
+    monkeypatch.setattr(check_disk.__globals__["shutil"], "disk_usage", lambda _: type("U", (), {"free": 10}))
     with pytest.raises(ValueError, match="the cache of latents: .* GB needed"):
         load_latents(preset(folder), pipeline, tmp_path / "cache")
 
@@ -127,7 +130,7 @@ def test_latents_stay_on_disk_and_any_place_is_found(folder, pipeline, tmp_path,
             found, torch.stack([expected[i, side] for i, side in zip(order, [0, 1, 0, 1, 0], strict=True)])
         )
     assert data.captions[3] == "caption 4"  # picture 3 is set aside, the captions move up with the latents
-    assert torch.equal(data.token_ids[3], latents.token_ids(pipeline, ["caption 4"])[0])
+    assert torch.equal(data.token_ids[3], token_ids(pipeline, ["caption 4"])[0])
 
 
 def test_processes_share_the_shards(folder, pipeline, tmp_path, small_shards, monkeypatch):
@@ -138,14 +141,18 @@ def test_processes_share_the_shards(folder, pipeline, tmp_path, small_shards, mo
         written.append(path.name)
         return original(path, *rest)
 
-    original = latents._write_shard
-    monkeypatch.setattr(latents, "_write_shard", write)
-    monkeypatch.setattr(latents, "LatentDataset", lambda *_: None)  # the other process's shards are not there yet
+    original = _write_shard
+    monkeypatch.setattr("bksdm_utils.training.latents._write_shard", write)
+    monkeypatch.setattr(
+        "bksdm_utils.training.latents.LatentDataset", lambda *_: None
+    )  # the other process's shards are not there yet
     for index in (1, 0):
-        monkeypatch.setattr(latents, "shared_work", lambda count, _, index=index: range(index, count, 2))
+        monkeypatch.setattr(
+            "bksdm_utils.training.latents.shared_work", lambda count, _, index=index: range(index, count, 2)
+        )
         load_latents(preset(folder), pipeline, tmp_path / "shared")
     assert written == ["00001.safetensors", "00000.safetensors", "00002.safetensors"]
-    monkeypatch.setattr(latents, "LatentDataset", LatentDataset)
+    monkeypatch.setattr("bksdm_utils.training.latents.LatentDataset", LatentDataset)
     assert load_latents(preset(folder), pipeline, tmp_path / "shared").captions == whole.captions
 
 
@@ -159,8 +166,8 @@ def test_a_picture_with_several_captions_is_told_one_of_them(tmp_path, pipeline)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet")
     data = load_latents(preset(tmp_path / "shards", caption_column="texts"), pipeline, tmp_path / "cache")
     assert data.captions == ["a", "only"] and [name for name, _ in data.skipped] == ["row 1"]
-    known = latents.token_ids(pipeline, ["a", "b", "c", "only"]).tolist()
-    seen = [ids for step in range(20) for ids in data.batch(Draw(0, step, range(2), 2, 2))[1].tolist()]
+    known = token_ids(pipeline, ["a", "b", "c", "only"]).tolist()
+    seen = [ids for step in range(20) for ids in data.batch(BatchRng(0, step, range(2), 2, 2))[1].tolist()]
     assert {known.index(ids) for ids in seen} == {0, 1, 2, 3}
 
 
@@ -183,8 +190,8 @@ def test_shards_are_read_as_a_whole_or_as_they_come(kind, image, caption, tmp_pa
     assert whole.captions == [f"caption {i}" for i in range(20) if i != 4]
     assert [name for name, _ in whole.skipped] == ["row 4"]
     stream = StreamedDataset(preset(place / f"*.{kind}", streaming=True, **columns), pipeline)
-    ids = [row for step in range(5) for row in stream.batch(Draw(0, step, range(4), 4, None))[1].tolist()]
-    known = latents.token_ids(pipeline, [f"caption {i}" for i in range(20)]).tolist()
+    ids = [row for step in range(5) for row in stream.batch(BatchRng(0, step, range(4), 4, None))[1].tolist()]
+    known = token_ids(pipeline, [f"caption {i}" for i in range(20)]).tolist()
     seen = sorted(known.index(row) for row in ids)
     assert 4 not in seen and len(set(seen)) == 19 and len(stream.skipped) == 1  # its place took the next row
 
@@ -195,7 +202,7 @@ def test_a_stream_gives_each_place_the_same_whatever_the_processes_and_interrupt
 
     def batches(steps, positions):
         stream = StreamedDataset(settings, pipeline)
-        return [torch.cat([stream.batch(Draw(0, s, p, 4, None))[0] for p in positions]) for s in steps]
+        return [torch.cat([stream.batch(BatchRng(0, s, p, 4, None))[0] for p in positions]) for s in steps]
 
     whole = batches(range(12), [range(4)])  # 48 rows: into the third epoch
     assert not torch.equal(whole[0], whole[5])
@@ -209,8 +216,8 @@ def test_a_stream_samples_the_latents_that_the_cache_would_hold(tmp_path, pipeli
     cached = load_latents(preset(place), pipeline, tmp_path / "cache")
     streamed = StreamedDataset(preset(place, streaming=True), pipeline)
     for step in range(4):  # both flips come up
-        one = cached.batch(Draw(0, step, range(2), 2, 1))
-        other = streamed.batch(Draw(0, step, range(2), 2, None))
+        one = cached.batch(BatchRng(0, step, range(2), 2, 1))
+        other = streamed.batch(BatchRng(0, step, range(2), 2, None))
         assert torch.allclose(one[0], other[0], atol=5e-3) and torch.equal(one[1], other[1])  # fp16 in the cache
 
 
@@ -219,14 +226,14 @@ def test_a_broken_shard_is_set_aside(tmp_path, pipeline):
     (place / "1.tar").write_bytes((place / "1.tar").read_bytes()[:700])
     stream = StreamedDataset(preset(place, streaming=True, image_column="png", caption_column="txt"), pipeline)
     for step in range(4):
-        stream.batch(Draw(0, step, range(4), 4, None))
+        stream.batch(BatchRng(0, step, range(4), 4, None))
     assert any(name == "shard 1" for name, _ in stream.skipped)
 
 
 def test_a_stream_of_nothing_usable_says_so(tmp_path, pipeline):
     place = write_shards(tmp_path / "shards", "parquet", count=3, bad=(0, 1, 2))
     with pytest.raises(ValueError, match="none of 4 rows is usable"):
-        StreamedDataset(preset(place, streaming=True), pipeline).batch(Draw(0, 0, range(4), 4, None))
+        StreamedDataset(preset(place, streaming=True), pipeline).batch(BatchRng(0, 0, range(4), 4, None))
 
 
 def test_missing_columns_and_data_sets_are_named(tmp_path, pipeline):
@@ -248,9 +255,9 @@ def test_rows_without_a_picture_or_with_several_captions_are_no_trouble_to_a_str
     (tmp_path / "shards").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "shards" / "0.parquet")
     stream = StreamedDataset(preset(tmp_path / "shards", streaming=True), pipeline)
-    known = latents.token_ids(pipeline, ["a", "b", "c"]).tolist()
+    known = token_ids(pipeline, ["a", "b", "c"]).tolist()
     for step in range(6):  # three epochs
-        draw = Draw(0, step, range(2), 2, None)
+        draw = BatchRng(0, step, range(2), 2, None)
         assert all(ids in known[:2] for ids in stream.batch(draw)[1].tolist())
         assert all(ids in known for ids in stream.other_token_ids(draw).tolist())
     assert len({name for name, _ in stream.skipped}) == len(stream.skipped) <= 3
@@ -259,9 +266,11 @@ def test_rows_without_a_picture_or_with_several_captions_are_no_trouble_to_a_str
 def test_a_stream_keeps_no_more_than_a_batch_while_it_reads_up_to_a_step(tmp_path, pipeline, monkeypatch):
     place, alive = write_shards(tmp_path / "shards", "parquet"), []
     stream = StreamedDataset(preset(place, streaming=True), pipeline)
-    kept = latents.deque
-    monkeypatch.setattr(latents, "deque", lambda rows, maxlen: alive.append(maxlen) or kept(rows, maxlen=maxlen))
-    stream.batch(Draw(0, 30, range(2), 2, None))
+    kept = deque
+    monkeypatch.setattr(
+        "bksdm_utils.training.streams.deque", lambda rows, maxlen: alive.append(maxlen) or kept(rows, maxlen=maxlen)
+    )
+    stream.batch(BatchRng(0, 30, range(2), 2, None))
     assert alive[0] == 2
 
 
@@ -269,6 +278,6 @@ def test_random_conditioning_has_other_captions_in_both_kinds_of_data(tmp_path, 
     place = write_shards(tmp_path / "shards", "parquet")
     for data in (load_latents(preset(place), pipeline, tmp_path / "cache"),
                  StreamedDataset(preset(place, streaming=True), pipeline)):  # fmt: skip
-        draw = Draw(0, 0, range(4), 4, data.num_examples)
+        draw = BatchRng(0, 0, range(4), 4, data.num_examples)
         own, others = data.batch(draw)[1], data.other_token_ids(draw)
         assert others.shape == own.shape and not torch.equal(own, others)

@@ -5,8 +5,8 @@ import re
 import nbformat
 import pytest
 
-from bksdm_utils.presets import ROOT
-from bksdm_utils.run import NOTEBOOKS, find_notebook, parameters_of
+from bksdm_utils.files import ROOT
+from bksdm_utils.workbook.parameters import NOTEBOOKS, find_notebook, parameters_of
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 SHARED = {"preset", "variant", "teacher", "train_data_dir", "resolution", "seed", "batch_size", "num_images", "resume",

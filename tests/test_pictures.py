@@ -11,31 +11,33 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bksdm_utils import pictures, processes, show
-from bksdm_utils.pictures import (
-    Job,
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.evaluation.folders import (
     Progress,
-    Prompt,
-    check_prompts,
-    picture_path,
+    _claim,
+    complete_images,
+    delete_images,
+    folder_of,
+    image_path,
     read_manifest,
-    read_prompts,
-    sample,
-    storybook_prompts,
-    storybook_scene,
-    whole_pictures,
-    write_job,
+    sample_folder,
 )
-from bksdm_utils.presets import ROOT, Missing
-from bksdm_utils.sampling import Sampling, load_lora, load_pipeline, load_unet, picture_seed, with_scheduler, with_unet
-from bksdm_utils.storybook import sample_scene
-from bksdm_utils.surgery import build_student
+from bksdm_utils.evaluation.job import Job, main, write_job
+from bksdm_utils.evaluation.prompts import Prompt, check_prompts, read_prompts, storybook_prompts, storybook_scene
+from bksdm_utils.evaluation.sampling import Sampling, image_seed
+from bksdm_utils.files import ROOT, NotAvailable
+from bksdm_utils.models.lora import load_lora
+from bksdm_utils.models.pipelines import load_pipeline, load_unet, with_unet
+from bksdm_utils.models.schedulers import with_scheduler
+from bksdm_utils.processes import follow, launch
+from bksdm_utils.workbook.live import Gallery
 
 FAST = Sampling(num_inference_steps=4, guidance_scale=2.0)
 
 
 def run(pipeline, prompts, folder, sampling=FAST):
-    return list(sample(pipeline, prompts, folder, sampling))
+    return list(sample_folder(pipeline, prompts, folder, sampling))
 
 
 def bits(folder):
@@ -66,11 +68,11 @@ def test_killed_twenty_times_or_in_two_processes_the_pictures_are_the_same(pipel
     run(load_pipeline(pipeline_dir), prompts, tmp_path / "unbroken")
     write_job(tmp_path / "killed", job, FAST)
     context, kills = multiprocessing.get_context("forkserver"), 0
-    context.set_forkserver_preload(["bksdm_utils.pictures"])
+    context.set_forkserver_preload(["bksdm_utils.evaluation.job"])
     chance = random.Random(1)
     while kills < 20:
         arguments = ["--config", str(tmp_path / "killed" / "config.json")]
-        process = context.Process(target=pictures.main, args=(arguments,))
+        process = context.Process(target=main, args=(arguments,))
         process.start()
         before = len(read_manifest(tmp_path / "killed"))
         while process.is_alive() and len(read_manifest(tmp_path / "killed")) - before < 8 * (kills % 2):
@@ -79,12 +81,12 @@ def test_killed_twenty_times_or_in_two_processes_the_pictures_are_the_same(pipel
         process.kill()
         process.join()
         kills += 1
-    left = 500 - len(whole_pictures(tmp_path / "killed"))
+    left = 500 - len(complete_images(tmp_path / "killed"))
     assert 0 < left < 500
-    assert pictures.main(arguments) == 0
+    assert main(arguments) == 0
     write_job(tmp_path / "two", job, FAST)
-    processes.launch(tmp_path / "two", 2, "bksdm_utils.pictures")
-    assert list(processes.follow(tmp_path / "two", every=0.2))
+    launch(tmp_path / "two", 2, "bksdm_utils.evaluation.job")
+    assert list(follow(tmp_path / "two", every=0.2))
     assert len(list((tmp_path / "two").glob("manifest-*.jsonl"))) == 2
     assert bits(tmp_path / "killed") == bits(tmp_path / "unbroken") == bits(tmp_path / "two")
 
@@ -95,11 +97,11 @@ def test_what_is_left_is_shared_evenly(pipeline_dir, tmp_path):
     before = bits(tmp_path)
     lost = prompts[::2]  # all of one process's share, if all prompts were shared
     for prompt in lost:
-        picture_path(tmp_path, prompt.id).unlink()
+        image_path(tmp_path, prompt.id).unlink()
     (tmp_path / "manifest-0.jsonl").rename(tmp_path / "manifest-9.jsonl")
     write_job(tmp_path, job, FAST)
-    processes.launch(tmp_path, 2, "bksdm_utils.pictures")
-    assert list(processes.follow(tmp_path, every=0.2))
+    launch(tmp_path, 2, "bksdm_utils.evaluation.job")
+    assert list(follow(tmp_path, every=0.2))
     assert bits(tmp_path) == before
     for rank in range(2):
         lines = (tmp_path / f"manifest-{rank}.jsonl").read_text().splitlines()
@@ -118,7 +120,7 @@ def test_a_folder_that_another_run_fills_is_waited_for(pipeline, tmp_path, capsy
 def test_the_gallery_says_how_long_it_still_takes(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    gallery = show.Gallery()
+    gallery = Gallery()
     for now[0], done in ((0, 200), (60, 260), (120, 1000)):  # 200 were there, so a minute drew 60
         gallery.update("teacher", Progress(done, 1000))
     assert capsys.readouterr().out.splitlines() == [
@@ -129,7 +131,7 @@ def test_every_caption_is_found_again_in_the_manifest(pipeline, tmp_path):
     texts = ["a cat\u2028in the snow", "a cat\x85dog", "two\nlines\r\n", "plain"]  # each may end a line somewhere
     prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
     run(pipeline, prompts, tmp_path)
-    assert [drawn.text for drawn in whole_pictures(tmp_path).values()] == texts
+    assert [drawn.text for drawn in complete_images(tmp_path).values()] == texts
     assert len(run(pipeline, prompts, tmp_path)) == 1
 
 
@@ -137,29 +139,29 @@ def test_a_mistake_claims_no_folder(pipeline, tmp_path):
     with pytest.raises(ValueError, match="as PNDM needs"):
         run(pipeline, storybook_prompts(1), tmp_path / "new", Sampling(num_inference_steps=3))
     assert not (tmp_path / "new").exists()
-    pictures._claim(tmp_path / "new", {"model": "one", "image_format": "png"}, main=True)
+    _claim(tmp_path / "new", {"model": "one", "image_format": "png"}, main=True)
     assert run(pipeline, storybook_prompts(1), tmp_path / "new")[-1].done == 1  # it held no picture of the other
-    pictures._claim(tmp_path / "other", {"model": "one"}, main=False)  # may come before the main process
+    _claim(tmp_path / "other", {"model": "one"}, main=False)  # may come before the main process
     assert (tmp_path / "other" / "images").is_dir()
 
 
 def test_only_the_pictures_asked_for_are_forgotten(pipeline, tmp_path, monkeypatch):
     prompts = storybook_prompts(4)
-    pictures.forget(tmp_path / "nothing", prompts)
+    delete_images(tmp_path / "nothing", prompts)
     run(pipeline, prompts, tmp_path)
-    pictures.forget(tmp_path, prompts[:2])
+    delete_images(tmp_path, prompts[:2])
     assert (
-        set(whole_pictures(tmp_path)) == {p.id for p in prompts[2:]} == {drawn.id for drawn in read_manifest(tmp_path)}
+        set(complete_images(tmp_path)) == {p.id for p in prompts[2:]} == {drawn.id for drawn in read_manifest(tmp_path)}
     )
-    monkeypatch.setattr(processes, "running", lambda folder: True)
+    monkeypatch.setattr("bksdm_utils.processes.running", lambda folder: True)
     with pytest.raises(ValueError, match="is being filled"):
-        pictures.forget(tmp_path, prompts)
+        delete_images(tmp_path, prompts)
 
 
 def test_a_folder_that_was_never_filled_is_named(tmp_path):
     with pytest.raises(ValueError, match="no sampling.json"):
-        whole_pictures(tmp_path / "tpyo")
-    one, other = (pictures.folder_of(tmp_path, "a", "b", Sampling(guidance_scale=g)) for g in (4, 4.0))
+        complete_images(tmp_path / "tpyo")
+    one, other = (folder_of(tmp_path, "a", "b", Sampling(guidance_scale=g)) for g in (4, 4.0))
     assert one == other and not one.exists()
 
 
@@ -169,7 +171,7 @@ def test_the_manifest_says_what_each_picture_is(pipeline, tmp_path):
     assert [p.done for p in steps] == [0, 5] and steps[-1].total == 5
     assert [prompt for prompt, _ in steps[-1].newest] == prompts
     drawn = read_manifest(tmp_path)
-    assert [(d.id, d.text, d.seed) for d in drawn] == [(p.id, p.text, picture_seed(0, p.id)) for p in prompts]
+    assert [(d.id, d.text, d.seed) for d in drawn] == [(p.id, p.text, image_seed(0, p.id)) for p in prompts]
     shared = json.loads((tmp_path / "sampling.json").read_text())
     assert shared["num_inference_steps"] == 4 and len(shared["model"]) == 16 and "batch_size" not in shared
     assert storybook_scene(prompts[3]) == sample_scene(3, "test")
@@ -179,8 +181,8 @@ def test_only_what_is_missing_or_damaged_is_drawn_again(pipeline, tmp_path):
     prompts = storybook_prompts(12)
     run(pipeline, prompts, tmp_path)
     before = bits(tmp_path)
-    picture_path(tmp_path, prompts[3].id).unlink()
-    cut = picture_path(tmp_path, prompts[7].id)
+    image_path(tmp_path, prompts[3].id).unlink()
+    cut = image_path(tmp_path, prompts[7].id)
     cut.write_bytes(cut.read_bytes()[:100])
     with (tmp_path / "manifest-0.jsonl").open("a") as file:
         file.write('{"id": "test-9", "te')  # torn by a kill
@@ -254,7 +256,7 @@ def test_bad_prompt_files_are_explained(tmp_path):
     file = tmp_path / "prompts.csv"
     with pytest.raises(ValueError, match="coco_captions") as mistyped:
         read_prompts(file)
-    assert not isinstance(mistyped.value, Missing)
+    assert not isinstance(mistyped.value, NotAvailable)
     for content, fault in (("", "has the columns"), ("text\n", "no prompts"), ("a,b\n1,2\n", "expected one of text"),
                            ("text,id\n,a\n", "no prompts"), ("text,id\nx,a\ny,a\n", "an id twice"),
                            ("text,id\nx,a/\n", "cannot name a file"), ("text,file_name\nx,a/\n", "cannot name"),
@@ -279,26 +281,26 @@ def test_a_job_takes_other_unets_schedulers_and_loras(pipeline, pipeline_dir, tm
     run(with_unet(pipeline, student), storybook_prompts(2), tmp_path / "memory")
     told = ["-p", "teacher", str(pipeline_dir), "-p", "num_images", "2", "-p", "num_inference_steps", "4",
             "-p", "guidance_scale", "2.0"]  # fmt: skip
-    assert pictures.main([str(tmp_path / "command"), *told, "-p", "unet", str(tmp_path / "student")]) == 0
+    assert main([str(tmp_path / "command"), *told, "-p", "unet", str(tmp_path / "student")]) == 0
     assert bits(tmp_path / "command") == bits(tmp_path / "memory")
     different = set()
     for scheduler in ("pndm", "dpm++", "euler", "ddim"):
         told_so = [*told, "-p", "scheduler", scheduler, "-p", "image_format", "jpeg"]
-        assert pictures.main([str(tmp_path / scheduler), *told_so]) == 0
+        assert main([str(tmp_path / scheduler), *told_so]) == 0
         different.add(bits(tmp_path / scheduler)["test-0.jpg"])
     assert len(different) == 4
     tuned = load_pipeline(pipeline_dir)
     tuned.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     tuned.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(tuned.unet))
-    assert pictures.main([str(tmp_path / "with_lora"), *told, "-p", "lora", str(tmp_path / "lora")]) == 0
-    assert pictures.main([str(tmp_path / "without"), *told]) == 0
+    assert main([str(tmp_path / "with_lora"), *told, "-p", "lora", str(tmp_path / "lora")]) == 0
+    assert main([str(tmp_path / "without"), *told]) == 0
     assert bits(tmp_path / "with_lora")["test-0.png"] != bits(tmp_path / "without")["test-0.png"]
-    assert pictures.main([str(tmp_path / "wide"), *told, "-p", "size", "32"]) == 0
-    assert Image.open(picture_path(tmp_path / "wide", "test-0")).size == (32, 32)
+    assert main([str(tmp_path / "wide"), *told, "-p", "size", "32"]) == 0
+    assert Image.open(image_path(tmp_path / "wide", "test-0")).size == (32, 32)
     fused = load_lora(load_pipeline(pipeline_dir), tmp_path / "lora")
     changed = fused.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     assert not torch.equal(changed, pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight)
-    assert pictures.main([str(tmp_path / "x"), "-p", "tacher", "y"]) == 1
+    assert main([str(tmp_path / "x"), "-p", "tacher", "y"]) == 1
     assert "unknown parameter tacher" in capsys.readouterr().out
 
 

@@ -11,19 +11,21 @@ from PIL import Image
 from test_evaluation import fill
 from transformers import CLIPConfig, CLIPModel
 
-from bksdm_utils import scores, storybook
-from bksdm_utils.downloads import DOWNLOADS
-from bksdm_utils.evaluation import Evaluator
-from bksdm_utils.presets import ROOT
-from bksdm_utils.scores import Score, fid, find_weights, half_sample_error, inception_score, kid
+from bksdm_utils.data.downloads import DOWNLOADS
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.evaluation.evaluator import Evaluator
+from bksdm_utils.evaluation.metrics import Score, fid, half_sample_error, inception_score, kid
+from bksdm_utils.evaluation.networks import MetricClip, find_weights
+from bksdm_utils.files import ROOT
 
 COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    scenes = [storybook.sample_scene(i, "test") for i in range(COUNT)]
-    return {f"COCO_{i}": (s.caption, storybook.render(s, i, 128).resize((512, 512))) for i, s in enumerate(scenes)}
+    scenes = [sample_scene(i, "test") for i in range(COUNT)]
+    return {f"COCO_{i}": (s.caption, render(s, i, 128).resize((512, 512))) for i, s in enumerate(scenes)}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def weights(tmp_path_factory):
     for module in inception.modules():  # untrained, all pictures come out alike: its normalisations must see some
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    seen = [np.asarray(storybook.render(storybook.sample_scene(i), i, 299)) for i in range(12)]
+    seen = [np.asarray(render(sample_scene(i), i, 299)) for i in range(12)]
     with torch.no_grad():
         inception(torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2) / 127.5 - 1)
     for name in ("inception_pytorch_fid", "inception_torch_fidelity"):
@@ -57,7 +59,7 @@ def weights(tmp_path_factory):
     config = CLIPConfig.from_pretrained(storybook_clip)
     config.vision_config.image_size, config.vision_config.patch_size = 224, 32
     CLIPModel(config).save_pretrained(root / "clip")
-    judge = scores.ClipJudge(storybook_clip)
+    judge = MetricClip(storybook_clip)
     judge.tokenizer.save_pretrained(root / "clip")
     judge.processor.size, judge.processor.crop_size = {"shortest_edge": 224}, {"height": 224, "width": 224}
     judge.processor.save_pretrained(root / "clip")
@@ -66,7 +68,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def fetched(weights, monkeypatch):
-    monkeypatch.setattr(scores, "ROOT", weights)
+    monkeypatch.setattr("bksdm_utils.evaluation.networks.ROOT", weights)
     return weights
 
 
@@ -120,7 +122,7 @@ def test_the_papers_scores_equal_those_of_its_tools(fetched, drawn, tmp_path, mo
 @torch.no_grad()
 def plain_cosine(clip, path, caption):
     """One picture at a time, with CLIP's published mean and deviation, as open_clip's own transform has it."""
-    model, judge = CLIPModel.from_pretrained(clip), scores.ClipJudge(clip)
+    model, judge = CLIPModel.from_pretrained(clip), MetricClip(clip)
     picture = Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
     mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     pixels = torch.from_numpy((np.asarray(picture) / 255 - mean) / deviation).float().permute(2, 0, 1)[None]
@@ -137,7 +139,7 @@ def test_the_clean_protocol_equals_clean_fid(fetched, drawn, tmp_path):
     prompts = fill(tmp_path / "ours", drawn)
     (tmp_path / "real").mkdir()
     for i in range(COUNT):
-        storybook.render(storybook.sample_scene(i), i, 96).save(tmp_path / "real" / f"{i}.png")
+        render(sample_scene(i), i, 96).save(tmp_path / "real" / f"{i}.png")
     clip = str(fetched / "clip")
     ours = Evaluator("clean", tmp_path / "real", cache_dir=tmp_path / "cache", clip=clip)
     found = ours.evaluate(tmp_path / "ours", prompts)
@@ -150,7 +152,7 @@ def test_the_clean_protocol_equals_clean_fid(fetched, drawn, tmp_path):
 
 
 def test_weights_are_found_in_the_hub_cache_too(fetched, monkeypatch, tmp_path):
-    monkeypatch.setattr(scores, "ROOT", tmp_path)
+    monkeypatch.setattr("bksdm_utils.evaluation.networks.ROOT", tmp_path)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch" / "hub"))
     name = "inception_pytorch_fid"
     with pytest.raises(ValueError, match="looked in .* and .*With a network"):

@@ -6,7 +6,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from bksdm_utils.run import find_notebook, parameters_of
+from bksdm_utils.workbook.parameters import find_notebook, parameters_of
 
 
 def a_run(folder, notebook, config, metrics):

@@ -8,29 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from bksdm_utils import surgery
-from bksdm_utils.presets import Missing
-from bksdm_utils.sampling import (
-    Sampling,
-    draw,
-    find_pipeline,
-    load_pipeline,
-    model_hash,
-    own_copy,
-    picture_seed,
-    with_unet,
-)
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.evaluation.sampling import Sampling, image_seed, sample_batches
+from bksdm_utils.files import NotAvailable
+from bksdm_utils.models.hashes import model_hash
+from bksdm_utils.models.pipelines import find_pipeline, load_pipeline, own_copy, with_unet
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipeline_dir):
     pipeline = load_pipeline(pipeline_dir)
     prompts = ["a big red cat at night", "a small blue star by day", "a big green tree on the sea"]
     sampling, seeds = Sampling(num_inference_steps=4, guidance_scale=4.0), [5, 6, 7]
-    (together,) = draw(pipeline, prompts, seeds, sampling)
+    (together,) = sample_batches(pipeline, prompts, seeds, sampling)
     for i, picture in enumerate(together):
-        ((alone,),) = draw(pipeline, prompts[i : i + 1], seeds[i : i + 1], sampling)
+        ((alone,),) = sample_batches(pipeline, prompts[i : i + 1], seeds[i : i + 1], sampling)
         assert np.array_equal(np.asarray(picture), np.asarray(alone))
-    assert picture_seed(3, 0) != picture_seed(3, 1) != picture_seed(4, 1)
+    assert image_seed(3, 0) != image_seed(3, 1) != image_seed(4, 1)
 
 
 def test_threads_do_not_cut_off_each_others_captions(pipeline_dir):
@@ -41,14 +34,14 @@ def test_threads_do_not_cut_off_each_others_captions(pipeline_dir):
     drawn = []
     for workers in (1, 4):
         torch.set_num_threads(workers)
-        drawn.append([np.asarray(p) for some in draw(pipeline, texts, seeds, sampling) for p in some])
+        drawn.append([np.asarray(p) for some in sample_batches(pipeline, texts, seeds, sampling) for p in some])
     torch.set_num_threads(threads)
     assert np.array_equal(*drawn)
 
 
 def test_the_unet_is_swapped_and_the_original_kept(pipeline_dir):
     pipeline = load_pipeline(pipeline_dir)
-    student = surgery.build_student(pipeline.unet, "bk_tiny")
+    student = build_student(pipeline.unet, "bk_tiny")
     swapped = with_unet(pipeline, student)
     assert swapped.unet is student and pipeline.unet is not student and swapped.vae is pipeline.vae
 
@@ -92,7 +85,7 @@ def test_only_a_hub_id_counts_as_not_fetched(tmp_path, capsys):
     for wrong in (tmp_path, tmp_path / "nowhere", "data/storybok/teacher"):
         with pytest.raises(ValueError, match="model_index.json|could not be loaded") as found:
             find_pipeline(wrong)
-        assert not isinstance(found.value, Missing)
+        assert not isinstance(found.value, NotAvailable)
 
 
 def test_what_is_no_teacher_is_refused(pipeline_dir, tmp_path):

@@ -8,30 +8,34 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, ViTConfig, ViTModel
 
-from bksdm_utils import storybook
-from bksdm_utils.presets import ROOT, Missing, find_preset
-from bksdm_utils.sampling import load_pipeline, with_unet
-from bksdm_utils.scores import PROMPTS, ClipJudge, Scorer, clip_score, dino, fid, zero_shot_accuracy
-from bksdm_utils.surgery import build_student
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.data.rendering import render
+from bksdm_utils.data.scenes import ATTRIBUTES, sample_scene
+from bksdm_utils.evaluation.metrics import clip_score, fid, zero_shot_accuracy
+from bksdm_utils.evaluation.networks import MetricClip, dino
+from bksdm_utils.evaluation.scorer import PROMPTS, Scorer
+from bksdm_utils.files import ROOT, NotAvailable
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
 
 STORYBOOK = ROOT / "data" / "storybook"
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return ClipJudge(STORYBOOK / "clip")
+    return MetricClip(STORYBOOK / "clip")
 
 
 @pytest.fixture(scope="module")
 def real():
-    scenes = [storybook.sample_scene(seed, "test", pair_share=0.0) for seed in range(256)]
-    return scenes, [storybook.render(scene, seed) for seed, scene in enumerate(scenes)]
+    scenes = [sample_scene(seed, "test", pair_share=0.0) for seed in range(256)]
+    return scenes, [render(scene, seed) for seed, scene in enumerate(scenes)]
 
 
 def test_the_judge_names_real_held_out_renders(judge, real):
     scenes, pictures = real
     accuracy = zero_shot_accuracy(judge, pictures, scenes)
-    assert set(accuracy) == set(storybook.ATTRIBUTES)
+    assert set(accuracy) == set(ATTRIBUTES)
     assert min(accuracy.values()) >= 0.97
 
 
@@ -54,7 +58,7 @@ def test_as_many_captions_as_pictures(judge, real):
 
 
 def test_accuracy_needs_pictures_of_one_thing(judge, real):
-    pair = next(s for s in map(storybook.sample_scene, range(50)) if len(s.things) == 2)
+    pair = next(s for s in map(sample_scene, range(50)) if len(s.things) == 2)
     with pytest.raises(ValueError, match="no picture of a single object"):
         zero_shot_accuracy(judge, real[1][:1], [pair])
 
@@ -62,7 +66,7 @@ def test_accuracy_needs_pictures_of_one_thing(judge, real):
 def test_judges_saved_in_half_precision_judge_in_full(judge, real, tmp_path):
     for part in (CLIPModel.from_pretrained(STORYBOOK / "clip").half(), judge.tokenizer, judge.processor):
         part.save_pretrained(tmp_path / "clip")
-    half = ClipJudge(tmp_path / "clip")
+    half = MetricClip(tmp_path / "clip")
     captions = [scene.caption for scene in real[0][:8]]
     assert clip_score(half, real[1][:8], captions) == pytest.approx(clip_score(judge, real[1][:8], captions), abs=1e-2)
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -73,10 +77,10 @@ def test_judges_saved_in_half_precision_judge_in_full(judge, real, tmp_path):
 
 def test_a_broken_judge_is_not_taken_for_a_missing_one(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    for make in (ClipJudge, lambda place: dino(place=place)):
+    for make in (MetricClip, lambda place: dino(place=place)):
         with pytest.raises(ValueError, match="looked for a folder") as found:
             make(str(tmp_path))
-        assert not isinstance(found.value, Missing)
+        assert not isinstance(found.value, NotAvailable)
 
 
 def test_without_a_judge_nothing_is_scored():

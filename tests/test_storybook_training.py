@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bksdm_utils import storybook, storybook_training
-from bksdm_utils.sampling import load_pipeline
-from bksdm_utils.storybook_training import CONFIGS, STAGES, clip_loss, hard_negatives, min_snr_weight
+from bksdm_utils.data.scenes import sample_scene
+from bksdm_utils.models.pipelines import load_pipeline
+from bksdm_utils.storybook.making import CONFIGS, STAGES, export
+from bksdm_utils.storybook.networks import clip_loss, hard_negatives, min_snr_weight, new_tokenizer
 
 
 def test_hard_negatives_are_false_and_near():
     rng = random.Random(0)
-    for scene in map(storybook.sample_scene, range(100)):
+    for scene in map(sample_scene, range(100)):
         words = scene.caption.split()
         for negative in hard_negatives(scene, rng):
             other = negative.caption.split()
@@ -37,21 +38,21 @@ def test_min_snr_weight_is_that_of_the_paper():
 
 
 def test_the_tokenizer_writes_any_text():
-    tokenizer = storybook_training.new_tokenizer([storybook.sample_scene(i).caption for i in range(200)])
+    tokenizer = new_tokenizer([sample_scene(i).caption for i in range(200)])
     caption = "a big red cat at night"
     assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
     assert tokenizer.unk_token_id not in tokenizer("zebra ☃ 123").input_ids[1:-1]
 
 
 def test_the_whole_making_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(storybook_training, "score", lambda *_, **__: None)
+    monkeypatch.setattr("bksdm_utils.storybook.making.score", lambda *_, **__: None)
     made = tmp_path / "made"
     for stage, train in STAGES.items():
         config = replace(CONFIGS[stage], batch_size=2)
         train(made, replace(config, max_train_steps=20), num_scenes=16)
         train(made, replace(config, max_train_steps=40), num_scenes=16)
         assert (made / stage / "log.csv").read_text().count("\n") == 3
-    storybook_training.export(made, tmp_path / "kept")
+    export(made, tmp_path / "kept")
     pipeline = load_pipeline(tmp_path / "kept" / "teacher")
     assert pipeline("a cat", num_inference_steps=4).images[0].size == (64, 64)
     index = json.loads((tmp_path / "kept" / "teacher" / "model_index.json").read_text())

@@ -7,27 +7,44 @@ from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bksdm_utils import copying, costs, surgery
-from bksdm_utils.presets import PRESETS, model_config, teacher_config
-from bksdm_utils.surgery import RemovalPlan, Stage, plan_of
+from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.core.copying import empty_unet, weight_map
+from bksdm_utils.core.plans import (
+    SD_VARIANTS,
+    SDXL_VARIANTS,
+    VARIANTS,
+    RemovalPlan,
+    Stage,
+    find_plan,
+    fits,
+    free_plan,
+    identity_plan,
+    plan_of,
+    removals,
+    student_config,
+    variants_of,
+)
+from bksdm_utils.core.surgery import build_student, recognise
+from bksdm_utils.costs.counting import count, unet_inputs
+from bksdm_utils.models.configs import model_config, teacher_config
 
 
 def test_the_plan_that_removes_nothing_gives_the_teacher():
-    plan = surgery.identity_plan(NARROW)
-    assert costs.count(surgery.student_config(NARROW, plan)) == costs.count(NARROW)
+    plan = identity_plan(NARROW)
+    assert count(student_config(NARROW, plan)) == count(NARROW)
 
 
-@pytest.mark.parametrize("variant", surgery.SD_VARIANTS)
+@pytest.mark.parametrize("variant", SD_VARIANTS)
 def test_a_student_is_a_plain_diffusers_model(variant, teacher, tmp_path):
-    surgery.build_student(teacher, variant).save_pretrained(tmp_path)
+    build_student(teacher, variant).save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
-    inputs = costs.unet_inputs(loaded.config, device="cpu")
+    inputs = unet_inputs(loaded.config, device="cpu")
     assert loaded(**inputs).sample.shape == inputs["sample"].shape
 
 
 def test_random_students_follow_their_seed(teacher):
     first, again, other = (
-        surgery.build_student(teacher, "bk_tiny", copy=False, seed=seed).conv_in.weight for seed in (3, 3, 4)
+        build_student(teacher, "bk_tiny", copy=False, seed=seed).conv_in.weight for seed in (3, 3, 4)
     )
     assert first.equal(again) and not first.equal(other)
 
@@ -49,27 +66,27 @@ def test_random_students_follow_their_seed(teacher):
 )
 def test_a_plan_that_does_not_fit_says_why(plan, said):
     with pytest.raises(ValueError, match=said):
-        surgery.student_config(NARROW, plan)
+        student_config(NARROW, plan)
 
 
 def test_a_config_that_is_no_unet_is_refused():
     with pytest.raises(ValueError, match="lacks down_block_types"):
-        surgery.student_config({"block_out_channels": [1]}, "bk_base")
+        student_config({"block_out_channels": [1]}, "bk_base")
 
 
 def test_blocks_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="SimpleCrossAttnDownBlock2D cannot be cut"):
-        surgery.student_config(NARROW | {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "bk_base")
+        student_config(NARROW | {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "bk_base")
 
 
 def test_a_mid_block_that_is_not_there_or_would_change_cannot_stay():
     headless = NARROW | {"mid_block_type": None}
     with pytest.raises(ValueError, match="the teacher has none"):
-        surgery.student_config(headless, "bk_base")
-    assert surgery.student_config(headless, "bk_small")["mid_block_type"] is None
+        student_config(headless, "bk_base")
+    assert student_config(headless, "bk_small")["mid_block_type"] is None
     heads = NARROW | {"attention_head_dim": [1, 2, 4, 8]}
     with pytest.raises(ValueError, match="would compute something else"):
-        surgery.student_config(heads, plan_of("x", stages=3))
+        student_config(heads, plan_of("x", stages=3))
 
 
 # --- any plan ---------------------------------------------------------------------------------------------------------
@@ -122,15 +139,15 @@ PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.function_scop
 
 
 def holds(plan, config, teacher, folder):
-    names = copying.weight_map(config, plan)
+    names = weight_map(config, plan)
     shapes = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
-    student = surgery.build_student(teacher, plan)
+    student = build_student(teacher, plan)
     assert set(names) == set(student.state_dict())
     assert all(tensor.shape == shapes[names[name]] for name, tensor in student.state_dict().items())
     student.save_pretrained(folder)
     loaded = UNet2DConditionModel.from_pretrained(folder).eval()
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), loaded.parameters(), strict=True))
-    inputs = costs.unet_inputs(config, device="cpu")
+    inputs = unet_inputs(config, device="cpu")
     with torch.no_grad():
         assert torch.allclose(loaded(**inputs).sample, student.eval()(**inputs).sample, atol=1e-4)
     assert RemovalPlan.from_json(plan.to_json()) == plan
@@ -151,8 +168,8 @@ def test_any_valid_plan_fits_the_storybook(plan, tmp_path_factory, storybook_tea
 @settings(max_examples=60, **PATIENT)
 @given(plan=plans(SD_V1))
 def test_any_valid_plan_fits_sd_v1_in_full_size(plan):
-    names, teacher = copying.weight_map(SD_V1, plan), surgery.empty_unet(SD_V1).state_dict()
-    student = surgery.empty_unet(surgery.student_config(SD_V1, plan)).state_dict()
+    names, teacher = weight_map(SD_V1, plan), empty_unet(SD_V1).state_dict()
+    student = empty_unet(student_config(SD_V1, plan)).state_dict()
     assert set(names) == set(student)
     assert all(tensor.shape == teacher[names[name]].shape for name, tensor in student.items())
 
@@ -164,7 +181,7 @@ def test_any_invalid_plan_is_refused_with_its_rule(broken, monkeypatch):
     plan, said = broken
     for config in (STORYBOOK, SD_V1):
         with pytest.raises(ValueError, match=said):
-            surgery.student_config(config, plan)
+            student_config(config, plan)
 
 
 @pytest.fixture(scope="module")
@@ -179,24 +196,24 @@ def storybook_teacher():
 
 
 def test_removals_are_all_valid_one_unit_smaller_and_different():
-    whole = surgery.identity_plan(SD_V1)
-    found = surgery.removals(SD_V1, whole)
+    whole = identity_plan(SD_V1)
+    found = removals(SD_V1, whole)
     assert {"mid block", "innermost stage", "stage 1: down 1, up 1", "stage 3: down 0, up 0"} <= set(found)
     assert "stage 1: down 0, up 1" not in found  # pair 0 of stage 1 widens
     assert len({plan.stages + (plan.mid,) for plan in found.values()}) == len(found) == 15
-    params = {unit: costs.count(surgery.student_config(SD_V1, plan)).params for unit, plan in found.items()}
+    params = {unit: count(student_config(SD_V1, plan)).params for unit, plan in found.items()}
     assert all(count < 859_520_964 for count in params.values()) and params["mid block"] == 762_482_884
-    assert "stage 2: depth 10 to 9" in surgery.removals(SDXL, surgery.identity_plan(SDXL))
+    assert "stage 2: depth 10 to 9" in removals(SDXL, identity_plan(SDXL))
 
 
 # --- plans as text ----------------------------------------------------------------------------------------------------
 
 
 def test_a_description_says_what_stays():
-    text = surgery.VARIANTS["koala_700m"].describe(SDXL)
+    text = VARIANTS["koala_700m"].describe(SDXL)
     assert "stages 0 to 1: keep pair 0 of 2 down, pairs 0, 2 of 3 up" in text
     assert "the first 5 transformer blocks" in text and "mid block: removed" in text
-    assert "innermost stages removed: 1" in surgery.VARIANTS["bk_tiny"].describe(SD_V1)
+    assert "innermost stages removed: 1" in VARIANTS["bk_tiny"].describe(SD_V1)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +236,13 @@ def test_a_malformed_plan_says_where(text, said):
 
 
 def test_plans_are_found_by_name_alias_and_file(tmp_path):
-    assert surgery.find_plan("sd_tiny") is surgery.VARIANTS["bk_tiny"]
+    assert find_plan("sd_tiny") is VARIANTS["bk_tiny"]
     (tmp_path / "mine.json").write_text(plan_of("mine", mid=False).to_json())
-    assert surgery.find_plan(str(tmp_path / "mine.json")) == plan_of("mine", mid=False)
+    assert find_plan(str(tmp_path / "mine.json")) == plan_of("mine", mid=False)
     with pytest.raises(ValueError, match="missing: write a plan there"):
-        surgery.find_plan("nowhere.json")
+        find_plan("nowhere.json")
     with pytest.raises(ValueError, match="sd_small .the same as bk_base."):
-        surgery.find_plan("sd_huge")
+        find_plan("sd_huge")
 
 
 # --- the family -------------------------------------------------------------------------------------------------------
@@ -235,9 +252,9 @@ TEACHERS = {"sd-v1.4": SD_V1, "sd-v2.1": SD_V2, "sdxl-base": SDXL}
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_every_named_student_is_recognised(name):
-    for variant, plan in surgery.variants_of(TEACHERS[name]).items():
-        config = surgery.student_config(TEACHERS[name], plan) | {"_diffusers_version": "0.1", "sample_size": 7}
-        found = surgery.recognise(json.loads(json.dumps(config)), TEACHERS)
+    for variant, plan in variants_of(TEACHERS[name]).items():
+        config = student_config(TEACHERS[name], plan) | {"_diffusers_version": "0.1", "sample_size": 7}
+        found = recognise(json.loads(json.dumps(config)), TEACHERS)
         assert (found.teacher, found.plan.name, found.differences) == (name, variant, ())
 
 
@@ -246,39 +263,39 @@ def test_every_named_student_is_recognised(name):
     [("bk-sdm-tiny", "bk_tiny of sd-v1.4"), ("bk-sdm-v2-small-768", "bk_small of sd-v2.1")],
 )
 def test_configs_that_come_with_the_original_are_recognised(folder, expected):
-    assert str(surgery.recognise(model_config(f"data/configs/students/{folder}"), TEACHERS)) == expected
+    assert str(recognise(model_config(f"data/configs/students/{folder}"), TEACHERS)) == expected
 
 
 def test_what_differs_is_named():
-    koala = surgery.student_config(SDXL, "koala_1b")
+    koala = student_config(SDXL, "koala_1b")
     spelt = koala | {"transformer_layers_per_block": [[0], [2], [6]], "attention_head_dim": (5, 10, 20)}
-    assert str(surgery.recognise(spelt, TEACHERS)) == "koala_1b of sdxl-base"
-    assert "cross_attention_dim" in str(surgery.recognise(koala | {"cross_attention_dim": 99}, TEACHERS))
+    assert str(recognise(spelt, TEACHERS)) == "koala_1b of sdxl-base"
+    assert "cross_attention_dim" in str(recognise(koala | {"cross_attention_dim": 99}, TEACHERS))
     uneven = koala | {"transformer_layers_per_block": [1, [2, 3], [4, 4]]}  # as in SSD-1B
-    assert "differ in depth" in str(surgery.recognise(uneven, TEACHERS))
-    unnamed = surgery.recognise(surgery.student_config(SD_V1, surgery.free_plan(SD_V1, thin=[2])), TEACHERS)
+    assert "differ in depth" in str(recognise(uneven, TEACHERS))
+    unnamed = recognise(student_config(SD_V1, free_plan(SD_V1, thin=[2])), TEACHERS)
     assert unnamed.differences == () and [len(s.down) for s in unnamed.plan.stages] == [2, 2, 1, 2]
-    assert surgery.recognise(SD_V1, TEACHERS).plan.name == "teacher"
+    assert recognise(SD_V1, TEACHERS).plan.name == "teacher"
     with pytest.raises(ValueError, match="not a Stable-Diffusion-shaped"):
-        surgery.recognise({"architectures": ["Other"]}, TEACHERS)
+        recognise({"architectures": ["Other"]}, TEACHERS)
 
 
-@pytest.mark.parametrize("variant", surgery.SDXL_VARIANTS)
+@pytest.mark.parametrize("variant", SDXL_VARIANTS)
 def test_sdxl_students_run_and_round_trip(variant, teacher_xl, tmp_path):
-    holds(surgery.VARIANTS[variant], NARROW_XL, teacher_xl, tmp_path)
-    depths = [len(a.transformer_blocks) for a in surgery.build_student(teacher_xl, variant).down_blocks[2].attentions]
+    holds(VARIANTS[variant], NARROW_XL, teacher_xl, tmp_path)
+    depths = [len(a.transformer_blocks) for a in build_student(teacher_xl, variant).down_blocks[2].attentions]
     assert depths == [{"koala_1b": 6, "koala_700m": 5}.get(variant, 10)]
 
 
 def test_variants_are_those_of_the_family():
-    assert list(surgery.variants_of(SD_V2)) == list(surgery.SD_VARIANTS)
-    assert list(surgery.variants_of(SDXL)) == list(surgery.SDXL_VARIANTS)
+    assert list(variants_of(SD_V2)) == list(SD_VARIANTS)
+    assert list(variants_of(SDXL)) == list(SDXL_VARIANTS)
 
 
 def test_every_preset_has_committed_configs_and_a_variant_that_fits():
     for preset in PRESETS.values():
         config = teacher_config(preset)
-        assert surgery.fits(surgery.find_plan(preset.variant), config)
+        assert fits(find_plan(preset.variant), config)
         assert preset.resolution == config["sample_size"] * 2 ** (
             len(teacher_config(preset, "vae")["block_out_channels"]) - 1
         )

@@ -16,10 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from bksdm_utils import processes, training
-from bksdm_utils.engine import Draw, read_log
-from bksdm_utils.presets import PRESETS, teacher_config
-from bksdm_utils.run import configure, find_notebook, write_json
+from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.files import read_log, write_json
+from bksdm_utils.models.configs import teacher_config
+from bksdm_utils.models.pipelines import with_unet
+from bksdm_utils.processes import finished, follow, launch, running, stop
+from bksdm_utils.training.job import LOGS, main, prepare
+from bksdm_utils.training.rng import BatchRng
+from bksdm_utils.workbook.parameters import find_notebook
+from bksdm_utils.workbook.run import configure
 
 
 def write_config(folder, **parameters):
@@ -47,7 +52,7 @@ def narrow(tmp_path, pipeline_dir):
 
 def trained(folder, **parameters):
     """A run in this process, as the notebook does it; its rows and the raw weights of its last step."""
-    job = training.prepare(write_config(folder, **parameters), folder)
+    job = prepare(write_config(folder, **parameters), folder)
     rows = [rows for rows, _ in job.progress()][-1]
     return rows, {name: tensor.clone() for name, tensor in job.student.state_dict().items()}
 
@@ -70,7 +75,7 @@ def test_the_command_trains_what_the_notebook_trains(narrow, tmp_path):
     rows, weights = trained(tmp_path / "notebook", **narrow)
     folder = tmp_path / "command"
     given = [word for name, value in narrow.items() for word in ("-p", name, str(value))]
-    assert training.main(["--config", str(folder / "config.json"), *given]) == 0
+    assert main(["--config", str(folder / "config.json"), *given]) == 0
     assert without_clock(read_log(folder / "log.csv")) == without_clock(rows)
     assert all(torch.equal(weights[name], tensor) for name, tensor in newest(folder).items())
     assert [row["step"] for row in read_log(folder / "validation.csv")] == [0, 2, 4, 6]
@@ -98,13 +103,13 @@ def another_precision():
 def test_half_precision_keeps_full_weights_and_draws(narrow, tmp_path, monkeypatch, another_precision):
     rows, _ = trained(tmp_path / "full", **narrow)
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(training, "precision", lambda *_: "bf16")  # slow on a CPU, but the same code
-    job = training.prepare(write_config(tmp_path / "half", **narrow), tmp_path / "half")
+    monkeypatch.setattr("bksdm_utils.training.job.precision", lambda *_: "bf16")  # slow on a CPU, but the same code
+    job = prepare(write_config(tmp_path / "half", **narrow), tmp_path / "half")
     half = [rows for rows, _ in job.progress()][-1]
     parts = (job.pipe.unet, job.pipe.vae, job.pipe.text_encoder)
     assert {part.dtype for part in parts} == {torch.bfloat16} and job.student.dtype == torch.float32
     assert losses(half) == pytest.approx(losses(rows), rel=0.05) and losses(half) != losses(rows)
-    picture = job.scorer.draw(training.with_unet(job.pipe, job.student))[0]
+    picture = job.scorer.draw(with_unet(job.pipe, job.student))[0]
     assert np.asarray(picture).std() > 0
 
 
@@ -121,8 +126,8 @@ def test_compiled_networks_are_tapped_though_they_ran_before(narrow, tmp_path, m
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
     narrow |= {"max_train_steps": 2, "variant": "bk_tiny"}
     rows, _ = trained(tmp_path / "plain", **narrow)
-    job = training.prepare(write_config(tmp_path / "compiled", **narrow, compiled=True), tmp_path / "compiled")
-    draw = Draw(0, 0, range(4), 4, len(job.data))
+    job = prepare(write_config(tmp_path / "compiled", **narrow, compiled=True), tmp_path / "compiled")
+    draw = BatchRng(0, 0, range(4), 4, len(job.data))
     latents, ids = job.data.batch(draw)
     for unet in (job.pipe.unet, job.student):
         unet(latents, torch.tensor([5, 5, 5, 5]), **job.condition(ids))
@@ -132,14 +137,14 @@ def test_compiled_networks_are_tapped_though_they_ran_before(narrow, tmp_path, m
 
 
 def test_a_cell_run_twice_does_not_take_a_trained_student_for_a_fresh_one(narrow, tmp_path):
-    job = training.prepare(write_config(tmp_path / "run", **narrow), tmp_path / "run")
+    job = prepare(write_config(tmp_path / "run", **narrow), tmp_path / "run")
     next(job.progress())
     with pytest.raises(ValueError, match="learned already"):
         next(job.progress())
 
 
 def test_sdxl_in_fp16_is_refused(narrow, pipeline_xl_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "precision", lambda *_: "fp16")
+    monkeypatch.setattr("bksdm_utils.training.job.precision", lambda *_: "fp16")
     changes = {"preset": "sdxl-base", "variant": "koala_700m", "teacher": str(pipeline_xl_dir)}
     with pytest.raises(ValueError, match="autoencoder overflows in fp16"):
         trained(tmp_path / "run", **{**narrow, **changes})
@@ -152,9 +157,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-LAUNCH = (
-    "import sys; from pathlib import Path; from bksdm_utils import processes; processes.launch(Path(sys.argv[1]), 2)"
-)
+LAUNCH = "import sys; from pathlib import Path; from bksdm_utils import processes; launch(Path(sys.argv[1]), 2)"
 
 
 def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_path, capsys):
@@ -165,30 +168,30 @@ def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_p
     write_config(folder, **narrow)
     subprocess.run([sys.executable, "-c", LAUNCH, folder], check=True)
     wait_for(lambda: read_log(folder / "log.csv"))
-    assert processes.running(folder)
-    processes.launch(folder, 2)
+    assert running(folder)
+    launch(folder, 2)
     assert "at work here already" in capsys.readouterr().out
     write_config(folder, **narrow, seed=1)
     with pytest.raises(ValueError, match="a run with other settings is at work"):
-        processes.launch(folder, 2)
-    processes.stop(folder)
+        launch(folder, 2)
+    stop(folder)
     with pytest.raises(RuntimeError, match="ended before its last step"):
-        list(processes.follow(folder, every=0.1))
+        list(follow(folder, every=0.1))
     done = read_log(folder / "log.csv")
     assert 0 < len(done) < 40 and f"step_{len(done):08}" in {p.name for p in (folder / "checkpoints").iterdir()}
-    job = training.prepare(write_config(folder, **narrow, resume=True), folder)
+    job = prepare(write_config(folder, **narrow, resume=True), folder)
     for seen, _ in job.progress(num_processes=2):  # noqa: B007
         pass
-    assert job.trainer.step == 40 and processes.finished(folder)
+    assert job.trainer.step == 40 and finished(folder)
     assert losses(job.log.rows) == pytest.approx(losses(rows), rel=1e-5)
     assert all(torch.allclose(t, weights[name], atol=1e-5) for name, t in job.student.state_dict().items())
 
 
 def test_a_training_that_fails_says_so_with_its_own_words(narrow, tmp_path):
     write_config(tmp_path / "run", **{**narrow, "train_data_dir": str(tmp_path / "nowhere/at/all")})
-    processes.launch(tmp_path / "run", 1)
+    launch(tmp_path / "run", 1)
     with pytest.raises(RuntimeError, match="(?s)ended before its last step.*is no folder"):
-        list(processes.follow(tmp_path / "run", every=0.1))
+        list(follow(tmp_path / "run", every=0.1))
 
 
 def written(path):
@@ -210,7 +213,7 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
 
     def start(folder):
         write_config(folder, **parameters, cache_dir=str(folder / "cache"))
-        command = [sys.executable, "-m", "bksdm_utils.distill", "--config", folder / "config.json"]
+        command = [sys.executable, "-m", "bksdm_utils.training.job", "--config", folder / "config.json"]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     began, whole = time.monotonic(), start(tmp_path / "whole")
@@ -233,7 +236,7 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
     for part in ("unet", "unet_ema"):
         one, other = newest(tmp_path / "whole", part), newest(folder, part)
         assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in training.LOGS:
+    for name in LOGS:
         assert without_clock(read_log(folder / name)) == without_clock(read_log(tmp_path / "whole" / name))
         assert len(read_log(folder / name)) == {"log.csv": 60, "validation.csv": 13}[name]
 
@@ -252,7 +255,7 @@ def test_sd_v21_at_768_pixels_learns_v_prediction(narrow, tmp_path):
     changes = {"preset": "sd-v2.1", "teacher": str(tmp_path / "teacher"), "resolution": None, "batch_size": 1,
                "max_train_steps": 1}  # fmt: skip
     folder = tmp_path / "run"
-    job = training.prepare(write_config(folder, **{**narrow, **changes}), folder)
+    job = prepare(write_config(folder, **{**narrow, **changes}), folder)
     assert job.settings.resolution == 768 and job.data.shape == (4, 96, 96)
     assert job.noise_schedule.config.prediction_type == "v_prediction"
     rows = [rows for rows, _ in job.progress()][-1]

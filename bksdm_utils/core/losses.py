@@ -1,0 +1,189 @@
+"""The three losses of section 3.2: L = λ_sd · L_Task + λ_out · L_OutKD + λ_feat · L_FeatKD (notebook 03)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import nn
+
+from ..training.batches import Augmentation, _where, random_conditioning_probability
+from ..training.latents import LatentDataset
+from ..training.rng import BatchRng
+from ..training.streams import StreamedDataset
+from .taps import Taps
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """λ_sd, λ_out and λ_feat of the paper, 1, 1, 1 there; the rest goes beyond it and is off.
+
+    Attributes:
+        normalise: divides each tap's loss by the teacher's mean square there, so that all taps weigh alike.
+        taps: a factor for taps by the student's module name; others have 1.
+        min_snr_gamma: γ of min-SNR weighting of the task loss (arXiv 2303.09556); 0 weighs all timesteps alike.
+    """
+
+    sd: float = 1.0
+    kd_output: float = 1.0
+    kd_feat: float = 1.0
+    normalise: bool = False
+    taps: Mapping[str, float] = field(default_factory=dict)
+    min_snr_gamma: float = 0.0
+
+    def __post_init__(self):
+        numbers = {"lambda_sd": self.sd, "lambda_kd_output": self.kd_output, "lambda_kd_feat": self.kd_feat,
+                   "min_snr_gamma": self.min_snr_gamma, **self.taps}  # fmt: skip
+        for name, value in numbers.items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}: a loss weight must not be negative")
+
+
+def min_snr_weights(scheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weight of each example's task loss, (B,): min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v."""
+    snr = compute_snr(scheduler, timesteps)
+    return snr.clamp(max=gamma) / (snr + (scheduler.config.prediction_type == "v_prediction"))
+
+
+@dataclass(frozen=True)
+class KDLosses:
+    """The losses of one batch, each a scalar; `feature` has one per tap."""
+
+    task: torch.Tensor
+    output: torch.Tensor
+    feature: dict[str, torch.Tensor]
+    total: torch.Tensor
+
+
+def kd_losses(
+    prediction: torch.Tensor,
+    teacher_prediction: torch.Tensor,
+    target: torch.Tensor,
+    features: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    weights: LossWeights = LossWeights(),
+    example_weights: torch.Tensor | None = None,
+) -> KDLosses:
+    """The paper's three losses, each a mean over all elements, in fp32.
+
+    Args:
+        prediction, teacher_prediction, target: (B, 4, H, W); the target is ε, or v for a v-prediction teacher.
+        features: tap name -> (student's, teacher's) activation, of equal shapes.
+        example_weights: (B,), of the task loss.
+    """
+    task = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+    task = (task if example_weights is None else task * example_weights).mean()
+    output = F.mse_loss(prediction.float(), teacher_prediction.float())
+    feature = {}
+    for tap, (student, teacher) in features.items():
+        scale = teacher.float().square().mean().clamp(min=1e-12) if weights.normalise else 1.0
+        feature[tap] = weights.taps.get(tap, 1.0) * F.mse_loss(student.float(), teacher.float()) / scale
+    total = weights.sd * task + weights.kd_output * output + weights.kd_feat * sum(feature.values())
+    return KDLosses(task, output, feature, total)
+
+
+def training_target(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the U-Net is asked to predict: ε, or v = √ᾱ ε - √(1-ᾱ) x₀ for a v-prediction teacher."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"the teacher predicts {kind!r}: expected epsilon or v_prediction")
+
+
+class Distillation:
+    """A teacher and a student on the same noisy latents; `losses` is the engine's loss function.
+
+    Args:
+        teacher, student: U-Nets; the teacher is frozen, the student trained.
+        condition: `TextCondition` of the teacher's pipeline: token ids -> the U-Nets' further arguments.
+        scheduler: the DDPM noise schedule of the teacher.
+        data: latents and token ids.
+        taps: what `tap_pairs` gives; none for training without feature distillation.
+        weights: λ_sd, λ_out, λ_feat. With λ_feat 0 nothing is tapped, with λ_out 0 too the teacher does not run.
+        augmentation: what is done to captions and noise.
+
+    Raises:
+        ValueError: `weights.taps` names a tap that there is not.
+    """
+
+    def __init__(
+        self, teacher: UNet2DConditionModel, student, condition, scheduler,
+        data: LatentDataset | StreamedDataset, taps, weights,
+        augmentation: Augmentation = Augmentation(),
+    ):  # fmt: skip
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.condition, self.scheduler, self.data, self.weights = condition, scheduler, data, weights
+        self.augmentation = augmentation
+        unknown = sorted(set(weights.taps) - {student for _, student in taps})
+        if unknown:
+            raise ValueError(f"weights for unknown taps {unknown}: expected some of {[s for _, s in taps]}")
+        taps = taps if weights.kd_feat else []
+        self.teacher_taps = Taps(teacher, [t for t, _ in taps])
+        self.student_taps = Taps(student, [s for _, s in taps])
+
+    def losses(self, student: nn.Module, draw: BatchRng) -> dict[str, torch.Tensor]:
+        """One micro-batch: loss, loss_task, loss_output, loss_feature and one `feature/<tap>` for each tap."""
+        kd = self.kd_losses(student, draw)
+        losses = {"loss": kd.total, "loss_task": kd.task, "loss_output": kd.output}
+        losses["loss_feature"] = sum(kd.feature.values(), torch.zeros_like(kd.task))
+        return losses | {f"feature/{tap}": value for tap, value in kd.feature.items()}
+
+    def kd_losses(self, student: nn.Module, draw: BatchRng) -> KDLosses:
+        """`losses` before they are named for the log."""
+        latents, token_ids = self.data.batch(draw, self.teacher.device)
+        noise = draw.normal(*latents.shape[1:]).to(latents)
+        timesteps = draw.integers(self.scheduler.config.num_train_timesteps).to(latents.device)
+        noise, token_ids = self._augmented(draw, noise, token_ids, timesteps)
+        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+        self.teacher_taps.listen()
+        self.student_taps.listen()
+        with torch.no_grad():
+            condition = self.condition(token_ids)
+            teacher_prediction = self._teacher(noisy_latents, timesteps, condition)
+        prediction = student(noisy_latents, timesteps, **condition).sample
+        target = training_target(self.scheduler, latents, noise, timesteps)
+        pairs = zip(self.student_taps.take(), self.teacher_taps.take(), strict=True)
+        features = dict(zip(self.student_taps.names, pairs, strict=True))
+        if teacher_prediction is None:
+            teacher_prediction = prediction.detach()
+        gamma = self.weights.min_snr_gamma
+        example_weights = min_snr_weights(self.scheduler, timesteps, gamma) if gamma else None
+        return kd_losses(prediction, teacher_prediction, target, features, self.weights, example_weights)
+
+    def _augmented(self, draw: BatchRng, noise, token_ids, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and token ids after `augmentation`; what is off draws no random number, so it changes no other."""
+        chosen = self.augmentation
+        if chosen.noise_offset:
+            noise = noise + chosen.noise_offset * draw.normal(noise.shape[1], 1, 1).to(noise)
+        if chosen.random_conditioning:
+            total = self.scheduler.config.num_train_timesteps
+            probability = random_conditioning_probability(timesteps.cpu(), total, chosen.random_conditioning)
+            others, replaced = self.data.other_token_ids(draw), draw.uniform() < probability
+            token_ids = _where(replaced, others, token_ids)
+        if chosen.caption_dropout:
+            token_ids = _where(draw.uniform() < chosen.caption_dropout, self.data.empty_ids, token_ids)
+        return noise, token_ids
+
+    def _teacher(self, noisy_latents, timesteps, condition: dict) -> torch.Tensor | None:
+        if self.weights.kd_output or self.teacher_taps.names:
+            return self.teacher(noisy_latents, timesteps, **condition).sample
+        return None
+
+    def close(self) -> None:
+        """Removes the hooks from both networks."""
+        self.teacher_taps.close()
+        self.student_taps.close()
+
+
+@torch.no_grad()
+def prediction_distance(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel, inputs: Sequence[Mapping]
+) -> float:
+    """Mean squared distance between the predictions of both on `probe_inputs`: L_OutKD before any training."""
+    distances = [F.mse_loss(student(**i).sample.float(), teacher(**i).sample.float()).item() for i in inputs]
+    return sum(distances) / len(distances)

@@ -1,0 +1,362 @@
+"""Which blocks go: a `RemovalPlan`, the named variants, and the student config they lead to (notebook 01).
+
+Section 3.1 of the paper. A U-Net has stages, numbered from the outermost (full resolution) inwards; each holds
+(resnet, attention) pairs on its way down, one pair more on its way up, and the mid block joins the two innermost ends.
+An attention holds one transformer block in Stable Diffusion v1 and v2, up to ten in SDXL: its depth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
+from pathlib import Path
+
+from ..files import resolve
+
+PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads",
+             "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The pairs that stay in one stage, by their number in the teacher: `down` on the way in, `up` on the way out.
+
+    `depth` is the number of transformer blocks that stay in each of its attentions, the first ones; None keeps all.
+    """
+
+    down: tuple[int, ...]
+    up: tuple[int, ...]
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class RemovalPlan:
+    """What a student keeps of its teacher.
+
+    Attributes:
+        name: a short name for folders and tables.
+        stages: outermost first; fewer than the teacher has removes the innermost ones on both sides.
+        mid: whether the mid block stays; its attention is as deep as the innermost stage's.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    mid: bool = True
+
+    def describe(self, teacher_config: Mapping | None = None) -> str:
+        """What stays, a line for each run of equal stages; given a teacher, also out of how much.
+
+        Raises:
+            ValueError: the plan does not fit the teacher.
+        """
+        if teacher_config is not None:
+            self.check(teacher_config)
+        lines = []
+        for stage, group in groupby(enumerate(self.stages), key=lambda numbered: numbered[1]):
+            numbers = [number for number, _ in group]
+            where = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
+            lines.append(f"  {where}: keep {_kept(stage, teacher_config, numbers[0])}")
+        gone = 0 if teacher_config is None else len(teacher_config["block_out_channels"]) - len(self.stages)
+        if gone:
+            lines.append(f"  innermost stages removed: {gone}")
+        return "\n".join([self.name, *lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
+
+    def to_json(self) -> str:
+        """The plan as JSON; `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RemovalPlan:
+        """A plan from JSON: {"name": "mine", "stages": [{"down": [0], "up": [0, 2], "depth": null}, …], "mid": true}.
+
+        Raises:
+            ValueError: the text is no JSON, or no plan; it says which part.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the plan is no JSON ({error}): write it with RemovalPlan.to_json()") from error
+        _check_keys(data, "the plan", {"name": str, "stages": list, "mid": bool}, optional=("mid",))
+        stages = []
+        for number, stage in enumerate(data["stages"]):
+            where = f"stage {number} of plan {data['name']!r}"
+            _check_keys(stage, where, {"down": list, "up": list, "depth": int | None}, optional=("depth",))
+            if not all(type(pair) is int for pair in (*stage["down"], *stage["up"])):
+                raise ValueError(f"{where}: down and up must be lists of whole numbers")
+            stages.append(Stage(tuple(stage["down"]), tuple(stage["up"]), stage.get("depth")))
+        return cls(data["name"], tuple(stages), data.get("mid", True))
+
+    def check(self, teacher_config: Mapping) -> None:
+        """Raises ValueError, saying which rule is broken, if no student of this teacher can follow the plan."""
+        _check_unet(teacher_config)
+        channels, depths = list(teacher_config["block_out_channels"]), attention_depths(teacher_config)
+        kept, total = len(self.stages), len(channels)
+        if not 1 <= kept <= total:
+            raise ValueError(
+                f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total} "
+                "(surgery.variants_of(teacher_config) gives the named plans that fit)"
+            )
+        if kept < total and channels[kept - 1] != channels[kept]:
+            raise ValueError(
+                f"plan {self.name!r} removes the innermost {total - kept} stages, but the teacher's stage {kept - 1} "
+                f"has {channels[kept - 1]} channels and stage {kept} {channels[kept]}: the decoder's weights would not "
+                f"fit. Remove only stages as wide as the one that becomes innermost."
+            )
+        for number, stage in enumerate(self.stages):
+            _check_stage(stage, f"plan {self.name!r}, stage {number}", teacher_config, number)
+            if stage.depth is not None and not 1 <= stage.depth <= depths[number]:
+                where = f"plan {self.name!r}, stage {number}"
+                raise ValueError(f"{where}: depth {stage.depth} must be 1 … {depths[number]}")
+        if self.mid:
+            self._check_mid(teacher_config, depths)
+
+    def _check_mid(self, teacher_config: Mapping, depths: Sequence[int]) -> None:
+        if teacher_config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
+            raise ValueError(f"plan {self.name!r} keeps the mid block, but the teacher has none: give mid=False")
+        inner, channels = len(self.stages) - 1, teacher_config["block_out_channels"]
+        heads, depth = teacher_config.get("attention_head_dim", 8), self.stages[inner].depth or depths[inner]
+        if channels[inner] != channels[-1] or depth > depths[-1]:
+            raise ValueError(
+                f"plan {self.name!r} keeps the mid block of {channels[-1]} channels and depth {depths[-1]} under stage "
+                f"{inner} of {channels[inner]} channels and depth {depth}: remove the mid block too"
+            )
+        if isinstance(heads, (list, tuple)) and heads[inner] != heads[-1]:
+            raise ValueError(
+                f"plan {self.name!r} keeps the mid block, whose attention has {heads[-1]} heads, under stage {inner} "
+                f"with {heads[inner]}: the student's mid block would compute something else. Remove it too."
+            )
+
+
+def _kept(stage: Stage, teacher_config: Mapping | None, number: int) -> str:
+    layers = layers_per_stage(teacher_config)[number] if teacher_config is not None else None
+    down, up = (", ".join(map(str, pairs)) for pairs in (stage.down, stage.up))
+    of_down, of_up = ("", "") if layers is None else (f" of {layers}", f" of {layers + 1}")
+    depth = "" if stage.depth is None else f", the first {stage.depth} transformer blocks of each attention"
+    return f"pair {down}{of_down} down, pairs {up}{of_up} up{depth}"
+
+
+def _check_keys(data: object, where: str, kinds: Mapping[str, type], optional: Sequence[str]) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {data!r}: expected an object with {', '.join(kinds)}")
+    wrong = sorted(set(data) - set(kinds)) or [key for key in kinds if key not in data and key not in optional]
+    if wrong:
+        raise ValueError(f"{where}: look at {', '.join(wrong)}; expected {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        value = data.get(key, True if key == "mid" else None)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where}: {key} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def _check_stage(stage: Stage, where: str, config: Mapping, number: int) -> None:
+    layers = layers_per_stage(config)[number]
+    for side, pairs, available in (("down", stage.down, layers), ("up", stage.up, layers + 1)):
+        if list(pairs) != sorted(set(pairs)) or not set(pairs) <= set(range(available)):
+            raise ValueError(f"{where}: {side}={pairs} must be rising numbers among 0 … {available - 1}")
+    if not stage.down:
+        raise ValueError(f"{where}: down={stage.down} keeps no pair; keep one, or remove the innermost stages whole")
+    if len(stage.up) != len(stage.down) + 1:
+        raise ValueError(
+            f"{where}: {len(stage.down)} pairs down need {len(stage.down) + 1} up, not {len(stage.up)}: every "
+            f"skip connection needs both its ends"
+        )
+    widths = list(config["block_out_channels"])
+    for place, pair in enumerate(stage.down):
+        given, wanted = _down_input(widths, number, place), _down_input(widths, number, pair)
+        if given != wanted:
+            raise ValueError(f"{where}: pair 0 of down must stay, it takes {given} channels where pair {pair} takes "
+                             f"{wanted}")  # fmt: skip
+    for place, pair in enumerate(stage.up):
+        given = _up_input(widths, number, place, len(stage.down))
+        wanted = _up_input(widths, number, pair, layers)
+        if given != wanted:
+            raise ValueError(
+                f"{where}: pair {pair} of up cannot stand in place {place}: there it gets {given[0]} channels from "
+                f"below and {given[1]} from its skip connection, and was made for {wanted[0]} and {wanted[1]}"
+            )
+
+
+def _down_input(widths: Sequence[int], stage: int, pair: int) -> int:
+    """Channels that reach a pair on the way down."""
+    return widths[stage] if pair else widths[max(stage - 1, 0)]
+
+
+def _up_input(widths: Sequence[int], stage: int, pair: int, layers: int) -> tuple[int, int]:
+    """Channels that reach a pair on the way up: from below, and by its skip connection."""
+    below = widths[stage] if pair else widths[min(stage + 1, len(widths) - 1)]
+    return below, widths[max(stage - 1, 0)] if pair == layers else widths[stage]
+
+
+def plan_of(
+    name: str, down=(0,), up=(0, 2), stages: int = 4, mid: bool = True, depths: Sequence[int | None] = ()
+) -> RemovalPlan:
+    """A plan that keeps the same pairs in every stage; `depths` has one entry for each stage, or none."""
+    depths = depths or (None,) * stages
+    return RemovalPlan(name, tuple(Stage(tuple(down), tuple(up), depth) for depth in depths), mid)
+
+
+SD_VARIANTS: dict[str, RemovalPlan] = {
+    "bk_base": plan_of("bk_base"),
+    "bk_small": plan_of("bk_small", mid=False),
+    "bk_tiny": plan_of("bk_tiny", stages=3, mid=False),
+}
+
+
+SDXL_VARIANTS: dict[str, RemovalPlan] = {
+    "bk_sdxl_base": plan_of("bk_sdxl_base", stages=3),
+    "bk_sdxl_small": plan_of("bk_sdxl_small", stages=3, mid=False),
+    "koala_1b": plan_of("koala_1b", depths=(None, None, 6)),
+    "koala_700m": plan_of("koala_700m", depths=(None, None, 5), mid=False),
+}
+
+
+VARIANTS: dict[str, RemovalPlan] = SD_VARIANTS | SDXL_VARIANTS
+
+
+ALIASES = {"sd_small": "bk_base", "sd_tiny": "bk_tiny"}  # segmind/distill-sd's names for the same plans
+
+
+def variants_of(teacher_config: Mapping) -> dict[str, RemovalPlan]:
+    """The named plans made for a teacher of this kind that fit it: SDXL's, or Stable Diffusion's."""
+    family = SDXL_VARIANTS if teacher_config.get("addition_embed_type") == "text_time" else SD_VARIANTS
+    return {name: plan for name, plan in family.items() if fits(plan, teacher_config)}
+
+
+def fits(plan: RemovalPlan, teacher_config: Mapping) -> bool:
+    """Whether a student of this teacher can follow the plan."""
+    try:
+        plan.check(teacher_config)
+    except ValueError:
+        return False
+    return True
+
+
+def find_plan(plan: str | RemovalPlan) -> RemovalPlan:
+    """A plan by its name in `VARIANTS` or `ALIASES`, from a .json file that `RemovalPlan.to_json` wrote, or itself.
+
+    Raises:
+        ValueError: the name is unknown, or the file is missing or malformed.
+    """
+    if isinstance(plan, RemovalPlan):
+        return plan
+    if str(plan).endswith(".json"):
+        path = Path(resolve(plan))
+        if not path.is_file():
+            raise ValueError(f"{plan} is missing: write a plan there with RemovalPlan.to_json()")
+        return RemovalPlan.from_json(path.read_text(encoding="utf-8"))
+    known = VARIANTS.get(ALIASES.get(plan, plan))
+    if known is None:
+        same = ", ".join(f"{alias} (the same as {name})" for alias, name in ALIASES.items())
+        raise ValueError(f"unknown variant {plan!r}: expected one of {', '.join(VARIANTS)}, {same}, or a .json file")
+    return known
+
+
+def identity_plan(teacher_config: Mapping) -> RemovalPlan:
+    """The plan that removes nothing."""
+    stages = tuple(Stage(tuple(range(n)), tuple(range(n + 1))) for n in layers_per_stage(teacher_config))
+    return RemovalPlan("teacher", stages, mid=teacher_config.get("mid_block_type", "") is not None)
+
+
+def free_plan(
+    teacher_config: Mapping,
+    thin: Sequence[int] = (),
+    mid: bool = True,
+    stages: int | None = None,
+    name: str = "own plan",
+) -> RemovalPlan:
+    """A plan by what it removes.
+
+    Args:
+        thin: stages that keep their first pair down, and their first and last up, as the paper's students do.
+        mid: whether the mid block stays.
+        stages: how many stages stay, counted from the outermost; all of them by default.
+    """
+    whole = identity_plan(teacher_config)
+    thinned = [Stage(s.down[:1], (s.up[0], s.up[-1])) if i in thin else s for i, s in enumerate(whole.stages)]
+    return RemovalPlan(name, tuple(thinned[:stages]), mid and whole.mid)
+
+
+def removals(teacher_config: Mapping, plan: RemovalPlan) -> dict[str, RemovalPlan]:
+    """Every plan that removes one unit more than `plan`, by what that unit is.
+
+    A unit is a pair on the way down together with one on the way up (each skip connection needs both its ends), the mid
+    block, the innermost stage, or the last transformer block of every attention in a stage. Only plans that fit are
+    given.
+    """
+    depths, found = attention_depths(teacher_config), {}
+    for number, stage in enumerate(plan.stages):
+
+        def changed(number=number, **parts) -> RemovalPlan:
+            stages = [replace(s, **parts) if i == number else s for i, s in enumerate(plan.stages)]
+            return replace(plan, stages=tuple(stages))
+
+        for down, up in product(stage.down, stage.up):
+            rest = {"down": tuple(p for p in stage.down if p != down), "up": tuple(p for p in stage.up if p != up)}
+            found[f"stage {number}: down {down}, up {up}"] = changed(**rest)
+        depth = stage.depth or depths[number]
+        if depth > 1 and "CrossAttn" in teacher_config["down_block_types"][number]:
+            found[f"stage {number}: depth {depth} to {depth - 1}"] = changed(depth=depth - 1)
+    if plan.mid:
+        found["mid block"] = replace(plan, mid=False)
+    found["innermost stage"] = replace(plan, stages=plan.stages[:-1])
+    return {unit: replace(p, name=f"without {unit}") for unit, p in found.items() if fits(p, teacher_config)}
+
+
+def layers_per_stage(config: Mapping) -> list[int]:
+    """Number of (resnet, attention) pairs in each down stage."""
+    layers = config["layers_per_block"]
+    return [layers] * len(config["block_out_channels"]) if isinstance(layers, int) else list(layers)
+
+
+def attention_depths(config: Mapping) -> list[int]:
+    """Number of transformer blocks in each attention, stage by stage.
+
+    Raises:
+        ValueError: the attentions of one stage differ in depth, which no plan can say yet.
+    """
+    depths = config.get("transformer_layers_per_block") or 1
+    if isinstance(depths, int):
+        return [depths] * len(config["block_out_channels"])
+    flat = [set(depth) if isinstance(depth, (list, tuple)) else {depth} for depth in depths]
+    if config.get("reverse_transformer_layers_per_block") or any(len(depth) != 1 for depth in flat):
+        raise ValueError("the attentions within one stage differ in depth: expected one depth for each stage")
+    return [depth.pop() for depth in flat]
+
+
+def student_config(teacher_config: Mapping, plan: str | RemovalPlan) -> dict:
+    """The student's U-Net config: plain diffusers, `UNet2DConditionModel.from_config` and `from_pretrained` take it.
+
+    Raises:
+        ValueError: the plan is unknown or does not fit the teacher, or the teacher is not Stable-Diffusion-shaped.
+    """
+    plan = find_plan(plan)
+    plan.check(teacher_config)
+    kept = len(plan.stages)
+    config = {k: v for k, v in teacher_config.items() if not k.startswith("_")}
+    for key in PER_STAGE:
+        if isinstance(config.get(key), (list, tuple)):
+            config[key] = list(config[key])[:kept]
+    config["up_block_types"] = list(config["up_block_types"])[-kept:]
+    layers = [len(stage.down) for stage in plan.stages]
+    config["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
+    if any(stage.depth for stage in plan.stages):
+        depths = attention_depths(teacher_config)
+        config["transformer_layers_per_block"] = [s.depth or d for s, d in zip(plan.stages, depths, strict=False)]
+    if not plan.mid:
+        config["mid_block_type"] = None
+    return config
+
+
+def _check_unet(config: Mapping) -> None:
+    needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim")
+    missing = [key for key in needed if config.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"not a Stable-Diffusion-shaped U-Net: its config lacks {', '.join(missing)}. "
+            "Expected the config of a diffusers UNet2DConditionModel."
+        )
+    known = {f"{attention}{side}Block2D" for attention in ("", "CrossAttn") for side in ("Down", "Up")}
+    strange = sorted({*config["down_block_types"], *config["up_block_types"]} - known)
+    if strange:
+        raise ValueError(f"blocks of type {', '.join(strange)} cannot be cut: expected {', '.join(sorted(known))}")

@@ -1,0 +1,139 @@
+"""Measured latency and peak memory (notebook 01)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .counting import _is_block, unet_inputs
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward pass: median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved_latency(
+    unets: Mapping[str, nn.Module], repeats: int = 10, batch_size: int = 1, sample_size: int | None = None,
+    warmup: int = 1, compiled: bool = False,
+) -> dict[str, Latency]:  # fmt: skip
+    """Times several U-Nets in turn, A B A B …, so that a machine's drift falls on all of them alike.
+
+    Args:
+        sample_size: side of the latents; each U-Net's own by default.
+        warmup: rounds that are not counted.
+        compiled: through `torch.compile`, whose compilation falls into the warm-up (minutes).
+    """
+    runs = {name: torch.compile(unet) if compiled else unet for name, unet in unets.items()}
+    inputs = {name: _real_inputs(unet, batch_size, sample_size) for name, unet in unets.items()}
+    seconds = defaultdict(list)
+    for round_ in range(warmup + repeats):
+        for name, run in runs.items():
+            elapsed = _forward_seconds(run, inputs[name], unets[name].device)
+            if round_ >= warmup:
+                seconds[name].append(elapsed)
+    return {name: _latency(s) for name, s in seconds.items()}
+
+
+def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int = 1) -> dict[str, Latency]:
+    """Times every top-level block of one U-Net within its forward passes; eager only, the first pass is not counted."""
+    started, seconds, handles = {}, defaultdict(list), []
+
+    def now() -> float:
+        if unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for name, module in unet.named_modules():
+        if _is_block(name):
+            handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
+            handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
+    inputs = _real_inputs(unet, batch_size, None)
+    for _ in range(repeats + 1):
+        _forward_seconds(unet, inputs, unet.device)
+    for handle in handles:
+        handle.remove()
+    return {name: _latency(s[1:]) for name, s in seconds.items()}
+
+
+@torch.no_grad()
+def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1, sample_size: int | None = None) -> int:
+    """Bytes that one forward pass needs at its peak: weights, inputs and activations.
+
+    On a GPU as its allocator counts them; on a CPU the bytes of all tensors alive at once, without what the libraries
+    below take for themselves.
+    """
+    inputs = _real_inputs(unet, batch_size, sample_size)
+    if unet.device.type == "cuda":
+        unet(**inputs)
+        torch.cuda.reset_peak_memory_stats()
+        unet(**inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    with _LiveBytes() as live:
+        unet(**inputs)
+    tensors = [*unet.parameters(), *unet.buffers(), *(x for x in inputs.values() if isinstance(x, torch.Tensor))]
+    return live.peak + sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still referred to; `peak` is the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(output):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in given and storage not in self.known:
+                self.known.add(storage)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return output
+
+    def _release(self, size: int) -> None:
+        self.held -= size
+
+
+def _real_inputs(unet: UNet2DConditionModel, batch_size: int, sample_size: int | None) -> dict:
+    def cast(value):
+        if isinstance(value, dict):
+            return {key: cast(item) for key, item in value.items()}
+        return value.to(unet.dtype) if value.is_floating_point() else value
+
+    return cast(unet_inputs(unet.config, sample_size, batch_size, unet.device))
+
+
+@torch.no_grad()
+def _forward_seconds(unet: nn.Module, inputs: Mapping, device: torch.device) -> float:
+    started = time.perf_counter()
+    unet(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _latency(seconds: Sequence[float]) -> Latency:
+    if len(seconds) < 2:
+        return Latency(seconds[0], seconds[0], seconds[0])
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return Latency(median, low, high)

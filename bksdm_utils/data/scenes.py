@@ -1,0 +1,105 @@
+"""The storybook world: scenes and their captions.
+
+One image shows one or two objects, each with a size and a colour, in a place. Everything an image shows is in its
+`Scene`, so a caption can be checked exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+
+SIZE = 64  # pixels, the side of a storybook picture
+
+
+OBJECTS = ("house", "tree", "boat", "fish", "star", "heart", "balloon", "mushroom", "flower", "cat")
+
+
+COLOURS = {
+    "red": (214, 40, 40), "orange": (245, 138, 20), "yellow": (250, 218, 60), "green": (50, 160, 70),
+    "blue": (40, 92, 214), "purple": (128, 60, 176), "pink": (246, 140, 190), "white": (250, 250, 250),
+}  # fmt: skip
+
+
+SIZES = {"big": 0.25, "small": 0.16}  # half extent as a fraction of the picture's side
+
+
+PLACES = ("by day", "at night", "at sunset", "on a meadow", "on the sea", "in the snow")
+
+
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+ATTRIBUTES = ("size", "colour", "object", "place")
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a picture, say a big red house."""
+
+    size: str
+    colour: str
+    object: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.object}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: one thing, or two and how the first lies to the second, in a place; or the place alone."""
+
+    things: tuple[Thing, ...]
+    place: str
+    relation: str | None = None
+
+    @property
+    def caption(self) -> str:
+        return f"{f' {self.relation} '.join(map(str, self.things))} {self.place}"
+
+    def alternatives(self, attribute: str) -> list[Scene]:
+        """This scene with `attribute` (of its first thing, or "place", "relation") set to each possible value.
+
+        The true scene is among them; the order is that of the world's lists.
+        """
+        if attribute == "place":
+            return [replace(self, place=place) for place in PLACES]
+        if attribute == "relation":
+            return [replace(self, relation=relation) for relation in RELATIONS]
+        values = {"size": SIZES, "colour": COLOURS, "object": OBJECTS}[attribute]
+        first, *rest = self.things
+        return [replace(self, things=(replace(first, **{attribute: value}), *rest)) for value in values]
+
+
+def _combinations_by_split() -> dict[str, list[tuple[str, str, str]]]:
+    combinations = list(itertools.product(OBJECTS, COLOURS, PLACES))
+    random.Random(2305).shuffle(combinations)
+    return {"test": combinations[:48], "validation": combinations[48:72], "train": combinations[72:]}
+
+
+COMBINATIONS = _combinations_by_split()  # (object, colour, place): a split's own are drawn in no other split
+
+
+def sample_scene(seed: int, split: str = "train", pair_share: float = 0.4) -> Scene:
+    """Draws a scene whose (object, colour, place) combinations all belong to `split`.
+
+    Args:
+        seed: the scene is a function of (seed, split, pair_share) alone.
+        split: one of `SPLITS`; validation and test combinations are never drawn in training.
+        pair_share: the chance of a second object.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{split}-{seed}")
+    obj, colour, place = rng.choice(COMBINATIONS[split])
+    first = Thing(rng.choice(list(SIZES)), colour, obj)
+    others = [c for c in COMBINATIONS[split] if c[2] == place and c[0] != obj]
+    if rng.random() >= pair_share or not others:
+        return Scene((first,), place)
+    other, other_colour, _ = rng.choice(others)
+    second = Thing(rng.choice(list(SIZES)), other_colour, other)
+    return Scene((first, second), place, rng.choice(list(RELATIONS)))

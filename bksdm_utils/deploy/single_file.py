@@ -1,0 +1,185 @@
+"""Export as one file in the original Stable Diffusion layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+
+from ..models.pipelines import with_unet
+from .export import NotExpressible, _check_sd, _prefixed, _save_tokenizer, new_folder
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+
+
+PAIR = ("resnets", "attentions")
+
+
+VAE_PARTS = {"conv_norm_out": "norm_out", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+             "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+             "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut"}  # fmt: skip
+
+
+def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name: str) -> str:
+    """One file in the layout of the original Stable Diffusion, which Automatic1111 and ComfyUI read.
+
+    `folder` gets name.safetensors; name.yaml, the description that Automatic1111 wants beside it; and config/, with
+    which `StableDiffusionPipeline.from_single_file(file, config=…)` loads it offline.
+
+    That layout always has a middle block. A student without one gets one that changes nothing: its last layers are
+    zero, and what they are added to passes unchanged.
+
+    Returns:
+        what whoever passes the file on should know.
+
+    Raises:
+        NotExpressible: the layout cannot hold the model.
+        ValueError: the folder is there already.
+    """
+    _check_sd(pipeline)
+    unet = with_mid_block(pipeline.unet)
+    _check_expressible(unet)
+    added = sum(p.numel() for p in unet.parameters()) - sum(p.numel() for p in pipeline.unet.parameters())
+    tensors = {f"model.diffusion_model.{k}": t for k, t in ldm_unet(unet).items()}
+    tensors |= {f"first_stage_model.{k}": t for k, t in ldm_vae(pipeline.vae).items()}
+    texts = pipeline.text_encoder.state_dict().items()
+    tensors |= {f"cond_stage_model.transformer.{_prefixed(k)}": t for k, t in texts if not k.endswith("position_ids")}
+    with new_folder(folder) as part:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
+        (part / f"{name}.yaml").write_text(yaml.safe_dump(ldm_config(unet, pipeline), sort_keys=False))
+        _save_configs(with_unet(pipeline, unet), part / "config")
+    return _about_single_file(pipeline, added)
+
+
+def _about_single_file(pipeline: StableDiffusionPipeline, added: int) -> str:
+    told = [f"a middle block that changes nothing was added, {added:,} parameters"] if added else []
+    if pipeline.text_encoder.config.hidden_size != 768:
+        told.append("Automatic1111 and ComfyUI take the text encoder for CLIP ViT-L/14, which this one is not: "
+                    "diffusers loads the file, they do not")  # fmt: skip
+    else:
+        told.append("not yet tried in Automatic1111 and ComfyUI themselves")
+    return "; ".join(told)
+
+
+def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The U-Net itself, or one without a mid block with one of which the residuals are zero: it draws the same."""
+    if unet.mid_block is not None:
+        return unet
+    config = {**unet.config, "mid_block_type": "UNetMidBlock2DCrossAttn"}
+    whole = UNet2DConditionModel.from_config(config).to(unet.device, unet.dtype).eval()
+    for parameter in whole.mid_block.parameters():
+        parameter.data.zero_()
+    whole.load_state_dict(unet.state_dict(), strict=False)
+    return whole
+
+
+def _check_expressible(unet: UNet2DConditionModel) -> None:
+    if unet.config.use_linear_projection:
+        raise NotExpressible(
+            "single files are written for models of SD-v1's kind only: SD-v2 names its text encoder otherwise. Export "
+            "a diffusers folder instead"
+        )
+    layers = {len(block.resnets) for block in unet.down_blocks}
+    if len(layers) > 1 or any(len(block.resnets) != max(layers) + 1 for block in unet.up_blocks):
+        raise NotExpressible(
+            f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: export a diffusers "
+            "folder instead"
+        )
+
+
+def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """A U-Net's weights by the names of the original Stable Diffusion: input_blocks.4.0.in_layers.2.weight."""
+    places = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+              "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+    number = 0
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            number += 1
+            places |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
+        if block.downsamplers:
+            number += 1
+            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+    number = -1
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            number += 1
+            places |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
+        if block.upsamplers:
+            after = 1 + hasattr(block, "attentions")
+            places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
+    return {_placed(name, places): tensor for name, tensor in unet.state_dict().items()}
+
+
+def _placed(name: str, places: Mapping[str, str]) -> str:
+    place = next(p for p in places if name.startswith(p + "."))
+    rest = name[len(place) + 1 :]
+    if ".resnets." in place:
+        layer, kind = rest.split(".")
+        rest = f"{RESNET[layer]}.{kind}"
+    return f"{places[place]}.{rest}"
+
+
+def ldm_vae(vae: nn.Module) -> dict[str, torch.Tensor]:
+    """An autoencoder's weights by their original names; its attentions are convolutions of one pixel there."""
+    last, renamed = len(vae.config.up_block_types) - 1, {}
+    for name, tensor in vae.state_dict().items():
+        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        new = re.sub(r"up_blocks\.(\d)", lambda m: f"up.{last - int(m[1])}", new)
+        new = re.sub(r"down_blocks\.(\d)", r"down.\1", new).replace(".resnets.", ".block.")
+        for ours, theirs in VAE_PARTS.items():
+            new = new.replace(ours, theirs)
+        renamed[new] = tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+    return renamed
+
+
+def ldm_config(unet: UNet2DConditionModel, pipeline: StableDiffusionPipeline) -> dict:
+    """The original's description of a model, as Automatic1111 reads it from a .yaml beside the checkpoint."""
+    config, vae = unet.config, pipeline.vae.config
+    width, schedule = config.block_out_channels[0], pipeline.scheduler.config
+    attending = [2**i for i, kind in enumerate(config.down_block_types) if "CrossAttn" in kind]
+    network = {
+        "in_channels": config.in_channels, "out_channels": config.out_channels, "model_channels": width,
+        "num_res_blocks": config.layers_per_block, "attention_resolutions": attending,
+        "channel_mult": [channels // width for channels in config.block_out_channels],
+        "num_heads": config.attention_head_dim, "use_spatial_transformer": True, "transformer_depth": 1,
+        "context_dim": config.cross_attention_dim, "use_checkpoint": False, "legacy": False, "image_size": 32,
+    }  # fmt: skip
+    first = {
+        "embed_dim": vae.latent_channels, "lossconfig": {"target": "torch.nn.Identity"},
+        "ddconfig": {"double_z": True, "z_channels": vae.latent_channels, "resolution": 256, "in_channels": 3,
+                     "out_ch": 3, "ch": vae.block_out_channels[0], "num_res_blocks": vae.layers_per_block,
+                     "ch_mult": [channels // vae.block_out_channels[0] for channels in vae.block_out_channels],
+                     "attn_resolutions": [], "dropout": 0.0},
+    }  # fmt: skip
+    params = {
+        "linear_start": schedule.beta_start, "linear_end": schedule.beta_end, "parameterization": _predicts(schedule),
+        "timesteps": schedule.num_train_timesteps, "first_stage_key": "jpg", "cond_stage_key": "txt",
+        "conditioning_key": "crossattn", "scale_factor": vae.scaling_factor, "use_ema": False,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": first},
+        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+    }  # fmt: skip
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def _predicts(schedule) -> str:
+    return "v" if schedule.prediction_type == "v_prediction" else "eps"
+
+
+def _save_configs(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """All of a diffusers folder but its weights."""
+    folder.mkdir()
+    pipeline.save_config(folder)
+    for part in ("unet", "vae", "scheduler"):
+        getattr(pipeline, part).save_config(folder / part)
+    pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
+    _save_tokenizer(pipeline.tokenizer, folder / "tokenizer")

@@ -1,0 +1,192 @@
+"""FID, KID, Inception score, CLIP score, accuracies: numbers from features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.scenes import ATTRIBUTES, Scene
+from .networks import MetricClip, Network
+
+
+class Score(NamedTuple):
+    """A number and its error bar: one standard error, of the Inception score the spread over its splits."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        if not 0 < self.error < float("inf"):
+            return f"{self.value:.3g}"
+        digits = max(0, -math.floor(math.log10(self.error)) + (f"{self.error:e}"[0] == "1"))  # 0.012 but 0.03
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+
+
+class Statistics:
+    """Mean and covariance of features, all that the FID needs.
+
+    Args:
+        mean: (D,).
+        covariance: (D, D), divided by N - 1.
+    """
+
+    def __init__(self, mean: np.ndarray, covariance: np.ndarray):
+        self.mean, self.covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+
+    @classmethod
+    def of(cls, rows: np.ndarray, chosen: np.ndarray | None = None, block: int = 2048) -> Statistics:
+        """Of rows (N, D), or of some of them, read block by block, so that they may be a file."""
+        chosen = np.arange(len(rows)) if chosen is None else np.sort(chosen)
+        if len(chosen) < 2:
+            raise ValueError(f"{len(chosen)} pictures: a covariance needs two at least")
+        blocks = [chosen[start : start + block] for start in range(0, len(chosen), block)]
+        mean = sum(np.asarray(rows[b], np.float64).sum(0) for b in blocks) / len(chosen)
+        centred = (np.asarray(rows[b], np.float64) - mean for b in blocks)
+        return cls(mean, sum(x.T @ x for x in centred) / (len(chosen) - 1))
+
+    @classmethod
+    def load(cls, path: Path, network: Network, nameless: bool = False) -> Statistics:
+        """From an .npz with mu and sigma, as pytorch-fid writes it.
+
+        Args:
+            network: whose features they must be.
+            nameless: take a file that does not say whose they are, as published ones do not.
+
+        Raises:
+            ValueError: it cannot be read, or is of another network as far as that can be told.
+        """
+        try:
+            with np.load(path) as file:
+                mean, covariance, key = file["mu"], file["sigma"], str(file["network"]) if "network" in file else None
+        except Exception as error:  # zipfile, pickle and numpy each raise their own
+            raise ValueError(f"{path} cannot be read ({error}): expected an .npz with mu and sigma") from error
+        dim = network.dim
+        if mean.shape != (dim,) or covariance.shape != (dim, dim):
+            raise ValueError(f"{path} has mu {mean.shape} and sigma {covariance.shape}, this network gives {dim} "
+                             "features: the statistics are of another network or layer")  # fmt: skip
+        if key != network.key and not (nameless and key is None):
+            raise ValueError(
+                f"{path} is of {'another network' if key else 'a network that it does not name'}: expected statistics "
+                f"of {network.name}. Name a folder or .zip of pictures instead"
+            )
+        return cls(mean, covariance)
+
+    def save(self, path: Path, network: Network) -> None:
+        """As pytorch-fid writes it, and whose features they are of."""
+        np.savez(path, mu=self.mean, sigma=self.covariance, network=network.key)
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The covariance's symmetric square root."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def fid(features, real) -> float:
+    """Fréchet distance of Gaussians: |m - m_r|² + Tr(C + C_r - 2 (C C_r)^½) (arXiv 1706.08500).
+
+    Few pictures bias it upwards: only values of equally many pictures and one network may be compared. The trace of
+    the root is summed over the eigenvalues of C_r^½ C C_r^½, which is symmetric: the number that scipy's sqrtm gives,
+    but many times faster at 2,048 dimensions, and sound where there are fewer pictures than dimensions.
+
+    Args:
+        features, real: `Statistics`, or rows (N, D), on any device.
+    """
+    drawn, real = (s if isinstance(s, Statistics) else Statistics.of(_on_cpu(s)) for s in (features, real))
+    difference = drawn.mean - real.mean
+    roots = np.sqrt(np.linalg.eigvalsh(real.root @ drawn.covariance @ real.root).clip(0)).sum()
+    return float(difference @ difference + np.trace(drawn.covariance) + np.trace(real.covariance) - 2 * roots)
+
+
+def _on_cpu(rows) -> np.ndarray:
+    return rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
+
+
+def kid(features: np.ndarray, real: np.ndarray, subsets: int = 100) -> Score:
+    """Kernel distance (arXiv 1801.01401) by torch-fidelity: unbiased, so usable for few pictures.
+
+    Args:
+        features, real: rows (N, D), (M, D).
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(1000, len(features) // 2, len(real) // 2)
+    rows = (torch.from_numpy(np.array(x, np.float32)) for x in (features, real))
+    found = kid_features_to_metric(*rows, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
+    spread = found["kernel_inception_distance_std"] * (size / (len(features) - size)) ** 0.5  # as half_sample_error
+    return Score(found["kernel_inception_distance_mean"], spread)
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> Score:
+    """exp E KL(p(y|x) ‖ p(y)) by torch-fidelity: mean and spread over splits.
+
+    Args:
+        logits: (N, classes); fewer than ten pictures a split bias it downwards.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    found = isc_features_to_metric(torch.from_numpy(np.array(logits, np.float32)), splits=splits, shuffle=True,
+                                   rng_seed=2020)  # fmt: skip
+    return Score(found["inception_score_mean"], found["inception_score_std"])
+
+
+def mean_score(values: np.ndarray) -> Score:
+    """Mean and its standard error; NaN without values."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return Score(float(values.mean()) if len(values) else float("nan"), float(error))
+
+
+def half_sample_error(statistic: Callable[[np.ndarray], float], count: int, repeats: int = 20) -> float:
+    """Standard error of a statistic of `count` pictures: its spread over random halves, drawn without replacement.
+
+    Half of the sample, left alone by the other half, varies as the whole does (McCarthy 1969); unlike a bootstrap it
+    holds no picture twice, which would shift a FID.
+
+    Args:
+        statistic: of indices into the pictures.
+    """
+    chance = np.random.default_rng(0)
+    return float(np.std([statistic(chance.permutation(count)[: count // 2]) for _ in range(repeats)], ddof=1))
+
+
+def clip_score(judge: MetricClip, pictures: Sequence[Image.Image], captions: Sequence[str]) -> float:
+    """Mean cosine between each picture and its caption (the paper's convention: not scaled by 100, not clipped)."""
+    if len(pictures) != len(captions):
+        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption for each picture")
+    return cosines(judge.images(pictures), judge.texts(captions)).mean().item()
+
+
+def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """The cosine of each pair of unit-length embeddings, (N, D) and (N, D) to (N,)."""
+    return (images * texts).sum(-1)
+
+
+def zero_shot_accuracy(judge: MetricClip, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of storybook pictures of one object, where nothing is ambiguous, whose size, colour, object and place the
+    judge names rightly among all alternatives.
+    """
+    chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1]
+    if not chosen:
+        raise ValueError("no picture of a single object among the scenes: give more scenes")
+    right = correct_attributes(judge, judge.images([pictures[i] for i in chosen]), [scenes[i] for i in chosen])
+    return {attribute: float(found.mean()) for attribute, found in right.items()}
+
+
+def correct_attributes(judge: MetricClip, images: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """Which of the embedded pictures, (N, D), the judge takes for what their scenes say: attribute -> (N,) of bool."""
+    right = {}
+    for attribute in ATTRIBUTES:
+        options = [scene.alternatives(attribute) for scene in scenes]
+        texts = judge.texts([option.caption for group in options for option in group])
+        similarity = torch.einsum("nd,nod->no", images, texts.view(len(scenes), len(options[0]), -1))
+        truth = torch.tensor([group.index(scene) for scene, group in zip(scenes, options, strict=True)])
+        right[attribute] = (similarity.argmax(1).cpu() == truth).numpy()
+    return right

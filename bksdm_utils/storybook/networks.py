@@ -1,0 +1,177 @@
+"""The networks of the storybook teacher and what each minimises (notebook 00)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from ..data.scenes import ATTRIBUTES, SIZE, Scene
+from ..training.rng import BatchRng
+
+MAX_TOKENS = 20  # the longest caption has 15, start and end included
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+LATENT_CHANNELS, LATENT_SIZE = 4, SIZE // 4
+
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD-v1's
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures to floats in -1 … 1, as the VAE takes them."""
+    return images.float() / 127.5 - 1
+
+
+def to_clip(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures to CLIP's normalised floats; 64 x 64 is CLIP's own size here, so nothing is resized."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def new_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges are learnt from `captions`; any text can be written with it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>"))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """0.8 M parameters: text 96 wide and 3 deep, vision 96 wide and 4 deep over 8 x 8 patches."""
+    width = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "projection_dim": 64}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**width, **special, "pad_token_id": tokenizer.pad_token_id, "num_hidden_layers": 3}
+    text |= {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS}
+    vision = {**width, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def new_vae() -> AutoencoderKL:
+    """0.7 M parameters, 64 x 64 x 3 to 16 x 16 x 4."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8,
+        latent_channels=LATENT_CHANNELS, sample_size=SIZE,
+    )  # fmt: skip
+
+
+def new_unet() -> UNet2DConditionModel:
+    """8.6 M parameters; SD-v1's topology, ten times narrower, so that every line of surgery is the same."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE, block_out_channels=(32, 64, 128, 128), layers_per_block=2,
+        cross_attention_dim=96, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
+
+
+def _edges(images: torch.Tensor) -> torch.Tensor:
+    """Horizontal and vertical differences, flattened per picture."""
+    return torch.cat([images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)], dim=1)
+
+
+def vae_loss(vae: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """L1 + L2 + edges + a small KL; images (B, 3, 64, 64) in -1 … 1, noise (B, 4, 16, 16)."""
+    posterior = vae.encode(images).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    l2 = F.mse_loss(decoded, images)
+    edge = F.l1_loss(_edges(decoded), _edges(images))
+    kl = posterior.kl().mean() / noise[0].numel()
+    loss = F.l1_loss(decoded, images) + 2 * l2 + edge + 1e-4 * kl
+    return {"loss": loss, "psnr": 10 * torch.log10(4 / l2), "kl": kl}
+
+
+def detail_weight(images: torch.Tensor) -> torch.Tensor:
+    """Weights of mean 1 that stress pixels unlike their surroundings, (B, 1, H, W): small things on wide skies."""
+    contrast = (images - F.avg_pool2d(images, 15, 1, 7, count_include_pad=False)).abs().mean(1, keepdim=True)
+    weight = 0.1 + F.avg_pool2d(contrast, 3, 1, 1)
+    return weight / weight.mean((1, 2, 3), keepdim=True)
+
+
+def decoder_loss(vae: torch.nn.Module, latents: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """L1 + L2 stressed by `detail_weight`, + edges; latents as the VAE takes them, images in -1 … 1."""
+    decoded = vae.decode(latents).sample
+    error, weight = (decoded - images).abs(), detail_weight(images)
+    loss = (weight * (error + 2 * error.square())).mean() + F.l1_loss(_edges(decoded), _edges(images))
+    return {"loss": loss, "psnr": 10 * torch.log10(4 / error.square().mean())}
+
+
+def hard_negatives(scene: Scene, rng: random.Random) -> list[Scene]:
+    """Four scenes a word away: two with another object, which is hardest to see, one more change, another layout."""
+    changes = [_another_value(scene, kind, rng) for kind in ("object", "object", rng.choice(ATTRIBUTES))]
+    return [*changes, _another_layout(scene, rng)]
+
+
+def _another_value(scene: Scene, attribute: str, rng: random.Random) -> Scene:
+    """`scene` with another value of `attribute`, of its second thing as often as of its first."""
+    mirrored = replace(scene, things=scene.things[::-1])
+    source = mirrored if attribute != "place" and rng.random() < 0.5 else scene
+    other = rng.choice([s for s in source.alternatives(attribute) if s != source])
+    return other if source is scene else replace(other, things=other.things[::-1])
+
+
+def _another_layout(scene: Scene, rng: random.Random) -> Scene:
+    """The colours swapped or the relation changed; another colour where there is but one thing."""
+    if scene.relation is None:
+        return _another_value(scene, "colour", rng)
+    first, second = scene.things
+    if first.colour != second.colour and rng.random() < 0.5:
+        return replace(scene, things=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+    return _another_value(scene, "relation", rng)
+
+
+def clip_loss(
+    clip: torch.nn.Module, images: torch.Tensor, token_ids: torch.Tensor, meaning: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """CLIP's symmetric contrast, the captions of the batch joined by hard negatives.
+
+    Args:
+        images: (B, 3, 64, 64), as `to_clip` gives them.
+        token_ids: (B·K, MAX_TOKENS), the first B are the true captions in the order of the images.
+        meaning: (B·K,) one number per distinct caption; a text that equals another's true caption is no negative to it.
+    """
+    output = clip(input_ids=token_ids, pixel_values=images)
+    logits = output.logits_per_image  # (B, B·K)
+    size, target = len(images), torch.arange(len(images), device=logits.device)
+    same = meaning[None] == meaning[:size, None]
+    same[target, target] = False
+    logits = logits.masked_fill(same, -1e4)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :size].T, target)) / 2
+    return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
+
+
+def high_noise_timesteps(uniform: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+    """Uniform numbers to timesteps with a larger share of the noisy ones, where the picture's content is decided."""
+    return (uniform ** (1 / 1.3) * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def min_snr_weight(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+    """min(SNR, gamma) / SNR for ε-prediction, (B,) (arXiv 2303.09556, equation 5)."""
+    snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
+    return snr.clamp(max=gamma) / snr
+
+
+def unet_loss(unet: torch.nn.Module, scheduler: DDPMScheduler, latents, hidden_states, draw: BatchRng) -> dict:
+    """Min-SNR weighted ε-prediction; latents (B, 4, 16, 16), hidden_states (B, MAX_TOKENS, 96)."""
+    device = latents.device
+    noise = draw.normal(*latents.shape[1:]).to(device)
+    timesteps = high_noise_timesteps(draw.uniform(), scheduler.config.num_train_timesteps).to(device)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy_latents, timesteps, hidden_states).sample
+    error = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
+    weight = min_snr_weight(scheduler.alphas_cumprod.to(device), timesteps)
+    return {"loss": (weight * error).mean(), "mse": error.mean()}

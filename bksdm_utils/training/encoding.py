@@ -1,0 +1,57 @@
+"""Images and captions as the U-Net takes them: latents and token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
+
+from ..core.families import TextConditioning
+from ..data.images import to_pixels
+
+
+def encoding_batch(resolution: int) -> int:
+    """Pictures that the VAE encodes at once: a few GB of activations."""
+    return min(32, max(1, 4 * 512**2 // resolution**2))
+
+
+def posterior(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (B, 4, h, w) of pictures (B, 3, H, W) in the VAE's scaled latents, fp32."""
+    vae = pipeline.vae
+    found, factor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
+    return found.mean.float() * factor, found.std.float() * factor
+
+
+def _tokenizers(pipeline: DiffusionPipeline) -> list:
+    named = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
+    return [tokenizer for tokenizer in named if tokenizer is not None]
+
+
+def token_ids(pipeline: DiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """Captions as the pipeline's text encoder takes them, (N, T); for SDXL's two text encoders (N, 2, T)."""
+    ids = [
+        tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                  return_tensors="pt").input_ids
+        for tokenizer in _tokenizers(pipeline)
+    ]  # fmt: skip
+    return ids[0] if len(ids) == 1 else torch.stack(ids, 1)
+
+
+@torch.no_grad()
+def probe_inputs(
+    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image], captions: Sequence[str], seed: int = 0,
+    timesteps: Sequence[int] = (100, 300, 500, 700, 900),
+) -> list[dict]:  # fmt: skip
+    """U-Net arguments to compare networks on: pictures as latents, each noised to every timestep, with its caption."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    latents, _ = posterior(pipeline, torch.stack([to_pixels(picture, side) for picture in pictures]))
+    condition = TextConditioning(pipeline)(token_ids(pipeline, captions).to(latents.device))
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    generator, inputs = torch.Generator().manual_seed(seed), []
+    for timestep in timesteps:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        inputs.append({"sample": schedule.add_noise(latents, noise, steps), "timestep": steps, **condition})
+    return inputs

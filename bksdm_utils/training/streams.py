@@ -1,0 +1,143 @@
+"""Training data read as it comes, without a cache."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from ..config.presets import Preset
+from ..data.examples import captions_of, open_table
+from ..data.images import open_image, to_pixels
+from ..files import in_threads
+from .encoding import encoding_batch, posterior, token_ids
+from .rng import BatchRng
+
+SHUFFLE_BUFFER = 1000  # rows among which a stream is shuffled
+
+
+class StreamedDataset:
+    """Shards or a hub data set read as they come: nothing is kept on disk, the VAE encodes every batch.
+
+    Row number `step * global batch + position` of the shuffled, endlessly repeated stream belongs to that place of that
+    step, so resumption and the number of processes change nothing; a resumption reads up to its step again, and every
+    process reads all rows but decodes its own. A place whose row is unusable takes the next usable one of the same
+    global batch.
+
+    Attributes:
+        empty_ids, skipped, key, shape: as in `LatentDataset`.
+        num_examples: None, nobody knows.
+    """
+
+    num_examples = None
+
+    def __init__(self, preset: Preset, pipeline: DiffusionPipeline, seed: int = 0):
+        self.preset, self.pipeline, self.seed = preset, pipeline, seed
+        self.empty_ids, self.skipped, self._known = token_ids(pipeline, [""]), [], set()
+        self.key = (f"{preset.train_data_dir} {preset.image_column} {preset.caption_column} {preset.resolution} "
+                    f"{preset.flip}")  # fmt: skip
+        side = preset.resolution // pipeline.vae_scale_factor
+        self.shape = (pipeline.vae.config.latent_channels, side, side)
+        self._table = open_table(preset, streaming=True)
+        self._reader = ThreadPoolExecutor(1)  # reads one global batch ahead
+        self._stream, self._place, self._ahead, self._now = None, 0, None, (-1, [])
+
+    def batch(self, draw: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
+        rows = self._global_batch(draw.step, draw.global_batch_size)
+        found = list(in_threads(lambda position: self._usable(rows, position), draw.positions))
+        sides = draw.integers(1 + self.preset.flip).tolist()
+        pixels = torch.stack([p.flip(-1) if side else p for (p, _), side in zip(found, sides, strict=True)])
+        with torch.no_grad():
+            parts = [posterior(self.pipeline, part) for part in pixels.split(encoding_batch(self.preset.resolution))]
+        mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
+        latents = mean.to(device) + std.to(device) * draw.normal(*self.shape).to(device)
+        chosen = draw.choose([len(captions) for _, captions in found])
+        texts = [captions[i] for (_, captions), i in zip(found, chosen, strict=True)]
+        return latents, token_ids(self.pipeline, texts).to(device)
+
+    def other_token_ids(self, draw: BatchRng) -> torch.Tensor:
+        """Token ids of captions chosen from those of the global batch, whatever their pictures."""
+        rows = self._global_batch(draw.step, draw.global_batch_size)
+        found = [self._captions(rows, i) for i in draw.integers(len(rows)).tolist()]
+        chosen = draw.choose([len(captions) for captions in found])
+        return token_ids(self.pipeline, [captions[i] for captions, i in zip(found, chosen, strict=True)])
+
+    def _captions(self, rows: Sequence[Mapping], position: int) -> tuple[str, ...]:
+        for offset in range(len(rows)):
+            try:
+                return captions_of(rows[(position + offset) % len(rows)][self.preset.caption_column])
+            except ValueError:  # `_usable` reports it
+                continue
+        return ("",)
+
+    def _usable(self, rows: Sequence[Mapping], position: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+        for offset in range(len(rows)):
+            row = rows[(position + offset) % len(rows)]
+            try:
+                captions = captions_of(row[self.preset.caption_column])
+                return to_pixels(open_image(row[self.preset.image_column]), self.preset.resolution), captions
+            except Exception as error:  # an unreadable picture, of whatever kind
+                self._set_aside((row[self.preset.image_column] or {}).get("path") or row["row"], str(error))
+        raise ValueError(f"{self.preset.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        if (name, reason) not in self._known:  # once, however many epochs come by it
+            self._known.add((name, reason))
+            self.skipped.append((name, reason))
+            print(f"set aside: {name}: {reason}", flush=True)
+
+    def _global_batch(self, step: int, size: int) -> list[Mapping]:
+        """The rows of one optimizer step; the next step's are read meanwhile."""
+        if self._now[0] != step:
+            if self._ahead is None or self._ahead[0] != step:
+                self._ahead = (step, self._reader.submit(self._read, step, size))
+            self._now = (step, self._ahead[1].result())
+            self._ahead = (step + 1, self._reader.submit(self._read, step + 1, size))
+        return self._now[1]
+
+    def _read(self, step: int, size: int) -> list[Mapping]:
+        if self._stream is None or step * size < self._place:
+            self._stream, self._place = self._rows(), 0
+        wanted = range(step * size - self._place + size)
+        read = (next(self._stream) for _ in tqdm(wanted, "reading up to here", disable=len(wanted) < 10 * size))
+        self._place += len(wanted)
+        return list(deque(read, maxlen=size))  # a resumption passes over very many
+
+    def _rows(self) -> Iterator[Mapping]:
+        """All rows, epoch after epoch, shards and rows shuffled by (seed, epoch); a broken shard is set aside."""
+        epoch = 0
+        while True:
+            chance, count = np.random.default_rng((self.seed, epoch)), 0
+            for row in _shuffled(self._one_epoch(chance.permutation(self._table.num_shards)), chance):
+                yield {**row, "row": f"epoch {epoch}, row {count}"}
+                count += 1
+            if not count:
+                raise ValueError(f"{self.preset.train_data_dir} has no rows to read ({self.skipped[-1:]})")
+            epoch += 1
+
+    def _one_epoch(self, shards: Sequence[int]) -> Iterator[Mapping]:
+        for shard in shards:
+            try:
+                yield from self._table.shard(self._table.num_shards, int(shard))
+            except OSError:  # the network or the disk: the rows that did not come would be missed by this process alone
+                raise
+            except Exception as error:  # cut off, or not what its name says; its rows up to there were good
+                self._set_aside(f"shard {shard}", f"{type(error).__name__}: {error}")
+
+
+def _shuffled(rows: Iterator, chance: np.random.Generator) -> Iterator:
+    buffer = []
+    for row in rows:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(row)
+            continue
+        place = int(chance.integers(SHUFFLE_BUFFER))
+        yield buffer[place]
+        buffer[place] = row
+    yield from (buffer[i] for i in chance.permutation(len(buffer)))
