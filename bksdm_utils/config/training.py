@@ -1,58 +1,56 @@
-"""Parameters of training."""
+"""Parameters of training, and of notebook 03."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-OPTIMIZERS = ("adamw", "adamw_8bit")
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from .base import Config, NonNegative, PathText, Positive, Seed, Share, parameter
+from .shared import Sampling, Student
+
+Precision = Literal["no", "fp16", "bf16"]
+Count = Annotated[int, Field(ge=0)]
+Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
-TRACKERS = ("tensorboard", "wandb")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
+class Training(Config):
     """How a model is trained; a step is always an optimizer step.
 
-    One step learns from `batch_size * gradient_accumulation_steps` examples, the global batch, however many processes
-    share it. `batch_size` is what one process may hold at once.
+    One step takes `batch_size * gradient_accumulation_steps` examples, the global batch, however many processes share
+    it. `batch_size` is what one process holds at once.
     """
 
-    max_train_steps: int
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    lr_schedule: str = "constant"  # constant | linear | cosine, the last two fall to zero
-    lr_decay_start: float = 0.0  # share of the run after which a falling schedule begins to fall
-    lr_warmup_steps: int = 0
-    adam_beta2: float = 0.999
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    ema_device: str | None = None  # "cpu" frees a GPU of the averaged weights; None keeps them beside the model
-    optimizer: str = "adamw"  # adamw | adamw_8bit, whose state takes a quarter of the memory
-    mixed_precision: str = "no"  # no | fp16 | bf16
-    seed: int = 0
-    checkpoint_steps: int = 0  # 0 keeps none, not on an interruption either
-    checkpoints_kept: int = 2  # the newest ones
-    max_skipped_steps: int = 20  # so many in a row without a finite gradient end the run
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb
+    seed: Seed = parameter(0, "of noise, data order and random weights")
+    batch_size: Positive = parameter(16, "images per micro-batch, the most that one process holds")
+    gradient_accumulation_steps: Positive = parameter(1, "micro-batches per optimizer step, shared by all processes")
+    max_train_steps: Positive = parameter(1000, "optimizer steps")
+    learning_rate: NonNegative = parameter(5e-5, "of AdamW")
+    lr_schedule: Literal["constant", "linear", "cosine"] = parameter("constant", "constant, linear or cosine")
+    lr_warmup_steps: Count = parameter(0, "steps until the rate is reached")
+    lr_decay_start: Share = parameter(0.0, "share of the run after which a falling schedule begins to fall")
+    adam_beta2: Share = parameter(0.999, "decay of AdamW's second moment")
+    weight_decay: NonNegative = parameter(1e-2, "of AdamW")
+    max_grad_norm: NonNegative = parameter(1.0, "gradients are clipped to this norm")
+    optimizer: Literal["adamw", "adamw_8bit"] = parameter("adamw", "adamw, or adamw_8bit from bitsandbytes")
+    ema_decay: Share = parameter(0.999, "decay of the averaged (EMA) weights; 0 keeps no average")
+    ema_device: Literal["cpu"] | None = parameter(None, "cpu keeps the averaged weights off the GPU")
+    mixed_precision: Precision = parameter("no", "no, fp16 or bf16; on a CPU always no")
+    checkpoint_steps: Count = parameter(0, "steps between two checkpoints; 0 keeps none")
+    checkpoints_kept: Positive = parameter(2, "the newest ones")
+    max_skipped_steps: Positive = parameter(20, "abort after this many consecutive non-finite gradients")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = parameter((), "tensorboard, wandb; log.csv is always written")
 
-    def __post_init__(self):
-        for name in ("max_train_steps", "batch_size", "gradient_accumulation_steps", "learning_rate",
-                     "checkpoints_kept"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a positive number")
-        if self.lr_schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}: expected constant, linear or cosine")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
-        for name in self.trackers:
-            if name not in TRACKERS or importlib.util.find_spec(name) is None:
-                raise ValueError(f"tracker {name!r} is unknown or not installed: expected {' or '.join(TRACKERS)} (pip "
-                                 "install 'bksdm_utils[trackers]')")  # fmt: skip
+    @field_validator("trackers")
+    @classmethod
+    def _installed(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        for name in trackers:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"trackers: {name} is not installed: pip install 'bksdm_utils[trackers]'")
+        return trackers
 
     @property
     def global_batch_size(self) -> int:
@@ -84,3 +82,58 @@ class TrainingConfig:
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+class TrainingData(Config):
+    """What is trained on."""
+
+    train_data_dir: PathText | None = parameter(None, "folder with metadata.csv; parquet or tar shards; hub data set")
+    image_column: str | None = parameter(None, "column of the images; None: image")
+    caption_column: str | None = parameter(None, "column of the captions; None: text")
+    streaming: bool | None = parameter(None, "read shards or a hub data set as they come, without a cache")
+    cache_dir: PathText | None = parameter(None, "latent cache, 28 GB for LAION's 212,000 images; None: outputs/cache")
+    resolution: Side | None = parameter(None, "pixels a side of the training images")
+    flip: bool | None = parameter(None, "whether images may be mirrored (storybook's captions say left and right)")
+    num_train_scenes: Count | None = parameter(None, "storybook: scenes rendered for training")
+
+    @model_validator(mode="after")
+    def _streams_have_a_source(self) -> Self:
+        if self.streaming and self.train_data_dir is None:
+            raise ValueError("streaming needs shards or a hub data set: name them by train_data_dir")
+        return self
+
+
+_KD = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_schedule", "lr_warmup_steps",
+       "ema_decay", "mixed_precision", "checkpoint_steps")  # fmt: skip
+
+
+class KDTraining(
+    Sampling.preset_decides("num_inference_steps", "guidance_scale"), TrainingData, Training.preset_decides(*_KD), Student
+):
+    """Notebook 03: knowledge distillation."""
+
+    notebook: ClassVar[str] = "03_kd_training"
+
+    lambda_sd: NonNegative | None = parameter(None, "weight of the task loss")
+    lambda_kd_output: NonNegative | None = parameter(None, "weight of the output distillation")
+    lambda_kd_feat: NonNegative | None = parameter(None, "weight of the feature distillation")
+    kd: Literal["block", "self_attention"] = parameter("block", "taps: block (BK-SDM) or self_attention (KOALA)")
+    normalise_features: bool = parameter(False, "divide each tap's loss by the teacher's mean square there")
+    min_snr_gamma: NonNegative = parameter(0.0, "min-SNR weighting of the task loss, 5 is usual, 0 is off")
+    caption_dropout: Share = parameter(0.0, "probability of an empty caption")
+    random_conditioning: NonNegative = parameter(0.0, "rate of unrelated captions (arXiv 2504.02011), 5 there, 0 is off")
+    noise_offset: NonNegative = parameter(0.0, "strength of a shift of the noise common to all pixels")
+    find_batch_size: bool = parameter(False, "measure the fastest micro-batch that fits; the global batch stays")
+    gradient_checkpointing: bool = parameter(False, "less memory, more time")
+    channels_last: bool = parameter(True, "memory layout in which convolutions are faster")
+    compiled: bool = parameter(False, "torch.compile: minutes at the start for a faster step")
+    num_processes: Positive | None = parameter(None, "None trains in this kernel; a number in processes that outlive it")
+    num_images: Positive | None = parameter(None, "held-out captions sampled and scored")
+    sampling_batch_size: Positive | None = parameter(None, "images in one pass on a GPU")
+    clip: PathText | None = parameter(None, "CLIP folder or hub id of the scores; None: the preset's")
+    validation_steps: Positive | None = parameter(None, "steps between two validations")
+    num_validation_images: Positive | None = parameter(None, "images of each validation")
+    ablation: Literal["paper", "all"] = parameter("paper", "paper compares its own parts; all adds later ideas")
+    ablation_steps: Count = parameter(80, "optimizer steps of each ablation run; 0 leaves it out")
+    ablation_seeds: Positive = parameter(1, "how many seeds the ablation is repeated with")
+    resume: bool = parameter(False, "continue from this folder's newest checkpoint")

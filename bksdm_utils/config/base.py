@@ -1,0 +1,199 @@
+"""The base of all parameter classes: strict types, and values from Python, YAML, papermill and the command line alike.
+
+Every way in is parsed by the parameter's type: "false" is False for a switch, "1e-4" is a number, a comma in a prompt is
+a comma. What does not fit is an error that names the parameter, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Optional, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic.fields import FieldInfo
+from typing_extensions import Self
+
+SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOUNDS = {Ge: ("ge", "{} or more"), Gt: ("gt", "more than {}"), Le: ("le", "{} or less"), Lt: ("lt", "less than {}"),
+          MultipleOf: ("multiple_of", "a multiple of {}")}  # fmt: skip
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or hub id; ~ is the home folder
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+def parameter(default: object, description: str) -> object:
+    """A field with the one-line description that the notebook's parameters cell and `--help` show."""
+    return Field(default, description=description)
+
+
+class Config(BaseModel):
+    """Parameters of a notebook or a command: frozen, typed, checked when they are made.
+
+    Raises:
+        ValueError: an unknown parameter, or a value that does not fit; every fault is named.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    notebook: ClassVar[str | None] = None
+
+    def __init__(self, **values: object):
+        unknown = [name for name in values if name not in type(self).model_fields]
+        if unknown:
+            raise ValueError("\n".join(type(self)._unknown(name) for name in unknown))
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError("\n".join(type(self)._fault(fault, values) for fault in error.errors())) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parsed(cls, value: object, info) -> object:
+        return parse(value, cls.model_fields[info.field_name])
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        near = difflib.get_close_matches(name, cls.model_fields, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        return f"{cls.notebook or cls.__name__} has no parameter {name}{meant}: it has {', '.join(cls.model_fields)}"
+
+    @classmethod
+    def _fault(cls, fault: Mapping, values: Mapping) -> str:
+        if not fault["loc"]:
+            return fault["msg"].removeprefix("Value error, ")
+        name = str(fault["loc"][0])
+        if fault["type"] == "value_error":  # of a validator of ours
+            return fault["msg"].removeprefix("Value error, ")
+        advice = ". Plain papermill's -p turns texts into numbers: use papermill -r, or bksdm run" * (
+            fault["type"] in ("string_type", "literal_error") and is_text(cls.model_fields[name])
+            and not isinstance(values.get(name), str)
+        )  # fmt: skip
+        return f"{name} is {values.get(name)!r}: expected {expected(cls.model_fields[name])}{advice}"
+
+    @classmethod
+    def preset_decides(cls, *names: str) -> type[Self]:
+        """This class with these parameters None by default, for the preset to fill in."""
+        fields = {name: cls.model_fields[name] for name in names}
+        optional = {name: (Optional[Annotated[(field.annotation, *field.metadata)]] if field.metadata
+                           else Optional[field.annotation], Field(None, description=field.description))
+                    for name, field in fields.items()}  # fmt: skip
+        return create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **optional)
+
+    def but(self, **changes: object) -> Self:
+        """A copy with named changes, checked like any other."""
+        return type(self)(**{**self.values(), **changes})
+
+    def values(self) -> dict[str, object]:
+        """Every parameter by name."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def part(self, kind: type[Config], **changes: object) -> Config:
+        """The parameters that this class shares with `kind`, as a `kind`; the others keep their defaults."""
+        shared = {name: value for name, value in self.values().items() if name in kind.model_fields}
+        return kind(**{**{n: v for n, v in shared.items() if v is not None}, **changes})
+
+
+def _kinds(field: FieldInfo) -> list[object]:
+    """The types that a field takes, None and annotations left out."""
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    kinds = get_args(field.annotation) if union else (field.annotation,)
+    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds if kind is not type(None)]
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Whether a field takes text or one of several words."""
+    return any(kind is str or get_origin(kind) is Literal for kind in _kinds(field))
+
+
+def takes_none(field: FieldInfo) -> bool:
+    """Whether None is a value of a field."""
+    return type(None) in get_args(field.annotation)
+
+
+def parse(value: object, field: FieldInfo) -> object:
+    """A value of any way in as the field's type; what cannot be parsed comes back as it is, for pydantic to refuse."""
+    (kind,) = _kinds(field)
+    if value is None:
+        return None
+    if isinstance(value, str) and takes_none(field) and not is_text(field) and value.strip().lower() in ("none", "null"):
+        return None
+    if get_origin(kind) is tuple:
+        return tuple(_parse_one(item, get_args(kind)[0]) for item in _items(value))
+    return _parse_one(value, kind)
+
+
+def _items(value: object) -> Sequence[object]:
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _parse_one(value: object, kind: object) -> object:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if kind is bool:
+        return _switch(value)
+    if kind in (int, float):
+        return _number(value, kind)
+    if get_origin(kind) is Literal:
+        return "no" if value is False and "no" in get_args(kind) else value  # YAML reads no as False
+    return value
+
+
+def _switch(value: object) -> object:
+    if isinstance(value, str):
+        return SWITCHES.get(value.strip().lower(), value)
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+def _number(value: object, kind: type) -> object:
+    if isinstance(value, bool):
+        return str(value)  # never the number 1: refused as text is
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                return value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return float(value) if kind is float and isinstance(value, int) else value
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: "a whole number of 1 or more, or None"."""
+    (kind,) = _kinds(field)
+    several = get_origin(kind) is tuple
+    inner = get_args(kind)[0] if several else kind
+    text = f"a list (commas between its values) of {_word(inner)}" if several else _word(inner)
+    bounds = [template.format(f"{getattr(m, attribute):,}") for m in _metadata(field)
+              for bound, (attribute, template) in BOUNDS.items() if isinstance(m, bound)]  # fmt: skip
+    return text + (f" of {' and '.join(bounds)}" if bounds else "") + (", or None" if takes_none(field) else "")
+
+
+def _metadata(field: FieldInfo) -> list[object]:
+    """Bounds of a field, also those inside a union with None."""
+    found = list(field.metadata)
+    for kind in get_args(field.annotation):
+        for item in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
+            found += item.metadata if isinstance(item, FieldInfo) else [item]
+    return found
+
+
+def _word(kind: object) -> str:
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    words = {bool: "a switch (true, false, yes, no, on, off, 1 or 0)", int: "a whole number", float: "a number",
+             str: "text"}  # fmt: skip
+    return words[kind]

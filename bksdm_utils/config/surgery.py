@@ -1,0 +1,41 @@
+"""Parameters of notebooks 00 to 02."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .base import Config, PathText, Positive, parameter
+from .shared import Common, Student
+from .training import Count
+
+
+class Samples(Config):
+    """A few images of held-out captions."""
+
+    num_images: Positive = parameter(8, "held-out captions sampled and scored")
+    num_inference_steps: Positive = parameter(25, "denoising steps for each image")
+
+
+class StorybookWorld(Samples, Common):
+    """Notebook 00: the embedded teacher, and how it was made."""
+
+    notebook: ClassVar[str] = "00_storybook_world"
+
+    train: bool = parameter(False, "make the networks again and show them instead of the committed ones; resumes")
+    train_steps: Positive | None = parameter(None, "optimizer steps of each network, to try it out; None is all")
+
+
+class ArchitectureSurgery(Samples, Student):
+    """Notebook 01: plans, costs, and what each removal does."""
+
+    notebook: ClassVar[str] = "01_architecture_surgery"
+
+    student: PathText | None = parameter(None, "somebody's U-Net folder or hub id, to find out which plan it follows")
+    greedy_steps: Count = parameter(6, "how many units are removed one after another")
+    latency_repeats: Count | None = parameter(None, "timed passes of each U-Net; 0 leaves the timing out")
+
+
+class WeightCopying(Samples, Student):
+    """Notebook 02: where each student weight comes from."""
+
+    notebook: ClassVar[str] = "02_weight_copying"
