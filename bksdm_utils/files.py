@@ -8,13 +8,13 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,21 +24,26 @@ class NotAvailable(ValueError):
     """Weights or data that are not on this machine; the message says how to get them."""
 
 
-def resolve(place: str | Path) -> str:
-    """A folder, also when given relative to the repository's root; anything else is taken for a hub id."""
-    for candidate in (Path(place), ROOT / place):
+def resolve(path: str | Path) -> str:
+    """A path, also when given relative to the repository's root; what does not exist is taken for a hub id."""
+    for candidate in (Path(path), ROOT / path):
         if candidate.exists():
             return str(candidate)
-    return str(place)
+    return str(path)
 
 
-def is_hub_id(place: str | Path) -> bool:
-    """Whether a place looks like name/model of the Hugging Face hub, and is no path that is there."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(place))) and not Path(resolve(place)).exists()
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a text looks like name/model of the Hugging Face hub, and is no existing path."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))) and not Path(resolve(path)).exists()
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that a launcher started together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes JSON under a temporary name and renames it, so that a half-written file never stands."""
+    """Writes JSON under a temporary name and renames it, so that no half-written file ever has the name."""
     part = path.with_suffix(".part")
     text = json.dumps(_plain(content), indent=1, default=str, allow_nan=False)
     part.write_text(text + "\n", encoding="utf-8")
@@ -53,7 +58,7 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 
 def _plain(content: object) -> object:
-    """NaN, which JSON does not know, becomes null."""
+    """NaN and infinity, which JSON does not have, become null."""
     if isinstance(content, Mapping):
         return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -71,7 +76,7 @@ class CsvLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read_log(path) if row["step"] <= step] if step else []
-        self.main = PartialState().is_main_process
+        self.main = is_main_process()
         if self.main:
             part = path.with_suffix(".part")
             self._write(part, "w", self.rows)
@@ -108,16 +113,16 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     Of several processes of one run the main one holds it.
 
     Args:
-        wait: where another run holds it, say so and wait for it: of caches that runs share.
+        wait: wait for another run that holds it, and say so: for caches that runs share.
 
     Raises:
         ValueError: another run holds it, and `wait` is False.
     """
-    if not PartialState().is_main_process:
+    if not is_main_process():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # A singleton, of all threads: one process may take it within itself.
+    # A singleton of all threads: one process may take it again within itself.
     lock = FileLock(folder / ".training.lock", timeout=0, thread_local=False, is_singleton=True)
     try:
         lock.acquire()
@@ -130,6 +135,30 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` once everything in it is written.
+
+    Raises:
+        ValueError: `folder` exists and is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already: name another folder, or remove it first")
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): name a folder of your own") from error
+    try:
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def in_threads(function: Callable, items: Iterable, ahead: int = 64, workers: int | None = None) -> Iterator:

@@ -15,44 +15,42 @@ import psutil
 
 from .files import ROOT, folder_lock, write_json
 
-LOG, NOTE = "train.log", "process.json"
+LOG, NOTE = "process.log", "process.json"
+LAST_WORDS = ("failed: ", "stopped by ")  # how the last line of a command begins, among its launcher's tracebacks
 
 
-LAST_WORDS = ("failed: ", "stopped by ")  # how a training's own last line begins, among its launcher's tracebacks
-
-
-def launch(folder: Path, num_processes: int, module: str = "bksdm_utils.training.job") -> None:
-    """Starts `accelerate launch -m MODULE --config FOLDER/config.json`, unless a training is at work there already.
+def launch(folder: Path, num_processes: int, command: str = "train") -> None:
+    """Starts `python -m bksdm_utils COMMAND --config FOLDER/config.json` in processes, unless they run already.
 
     Raises:
-        ValueError: one is at work there with another config.json.
+        ValueError: processes with another config.json run there.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     check_same(folder, config)
     if running(folder):
-        print("a training is at work here already: watching it")
+        print(f"processes are already running for {folder}: following them")
         return
-    with folder_lock(folder):  # or another host's training is at work here
+    with folder_lock(folder):  # or another host's processes are running there
         pass
     several = ["--multi_gpu"] if num_processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               "-m", module, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
+    line = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "-m", "bksdm_utils", command, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))  # threads that outnumber cores only spin
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "OMP_NUM_THREADS": threads, **os.environ,
                    "PYTHONUNBUFFERED": "1"}  # fmt: skip
     with (folder / LOG).open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-    about = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "host": socket.gethostname()}
-    write_json(folder / NOTE, {**about, "num_processes": num_processes, "config": _fixed(config)})
+    note = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "host": socket.gethostname()}
+    write_json(folder / NOTE, {**note, "num_processes": num_processes, "config": _fixed(config)})
 
 
 def check_same(folder: Path, config: Mapping[str, object]) -> None:
-    """Raises ValueError where processes of another config are at work in `folder`."""
+    """Raises ValueError where processes with another config run for `folder`."""
     if running(folder) and _note(folder)["config"] != json.loads(json.dumps(_fixed(config))):
-        raise ValueError(f"a run with other settings is at work in {folder}: wait for it, or stop it by "
-                         f"bksdm_utils.processes.stop, or use another folder")  # fmt: skip
+        raise ValueError(f"processes with other settings are running for {folder}: wait for them, stop them by "
+                         "bksdm_utils.processes.stop, or use another folder")  # fmt: skip
 
 
 def _fixed(config: Mapping[str, object]) -> dict:
@@ -60,45 +58,45 @@ def _fixed(config: Mapping[str, object]) -> dict:
 
 
 def running(folder: Path) -> bool:
-    """Whether a training that `launch` started for this folder is at work on this machine."""
+    """Whether processes that `launch` started for this folder are running on this machine."""
     return _launcher(folder) is not None
 
 
 def follow(folder: Path, every: float = 1.0) -> Iterator[None]:
-    """Yields every so many seconds until the training ends. Interrupting this leaves the training at work.
+    """Yields every so many seconds until the processes end. Interrupting this does not stop them.
 
     Raises:
-        RuntimeError: the training ended before its last step; its own last words are in the message.
+        RuntimeError: they ended before they were finished; the message has the reason they gave.
     """
     try:
         while running(folder):
             yield
             time.sleep(every)
     except KeyboardInterrupt:
-        print("the training goes on in its own processes: run this again to watch it; to end it with a checkpoint, "
+        print("the processes keep running: run this again to follow them; to end them with a checkpoint, "
               "bksdm_utils.processes.stop(run.dir)")  # fmt: skip
         raise
     if not finished(folder):
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith(LAST_WORDS)] or lines[-12:]
-        raise RuntimeError(f"the training in {folder} ended before its last step; resume=True goes on from its newest "
-                           f"checkpoint. {LOG} says:\n" + "\n".join(said))  # fmt: skip
+        reason = [line for line in lines if line.startswith(LAST_WORDS)] or lines[-12:]
+        raise RuntimeError(f"the processes of {folder} ended before the work was finished; resume=True continues. "
+                           f"{LOG} says:\n" + "\n".join(reason))  # fmt: skip
 
 
 def stop(folder: Path) -> None:
-    """Asks the training to end after the step in progress, with a checkpoint; returns at once."""
+    """Asks the processes to end after the step in progress, with a checkpoint; returns at once."""
     launcher = _launcher(folder)
     for process in launcher.children(recursive=True) if launcher else ():
         process.terminate()
 
 
 def mark_finished(folder: Path) -> None:
-    """What the training itself says at its end."""
+    """Called by the processes themselves when the work is finished."""
     (folder / NOTE).with_suffix(".finished").touch()
 
 
 def finished(folder: Path) -> bool:
-    """Whether the training came to its last step since it was launched."""
+    """Whether the work was finished since the last launch."""
     mark = (folder / NOTE).with_suffix(".finished")
     return mark.exists() and mark.stat().st_mtime >= _note(folder)["started"]
 
@@ -114,7 +112,7 @@ def _launcher(folder: Path) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(note["pid"])
-        same = abs(process.create_time() - note["started"]) < 60  # numbers are used again; a clock may be set
+        same = abs(process.create_time() - note["started"]) < 60  # process numbers are reused; a clock may be set
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None

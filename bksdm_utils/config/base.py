@@ -100,7 +100,7 @@ class Config(BaseModel):
         return kind(**{**{n: v for n, v in shared.items() if v is not None}, **changes})
 
 
-def _kinds(field: FieldInfo) -> list[object]:
+def kinds(field: FieldInfo) -> list[object]:
     """The types that a field takes, None and annotations left out."""
     union = get_origin(field.annotation) in (Union, types.UnionType)
     kinds = get_args(field.annotation) if union else (field.annotation,)
@@ -109,7 +109,7 @@ def _kinds(field: FieldInfo) -> list[object]:
 
 def is_text(field: FieldInfo) -> bool:
     """Whether a field takes text or one of several words."""
-    return any(kind is str or get_origin(kind) is Literal for kind in _kinds(field))
+    return any(kind is str or get_origin(kind) is Literal for kind in kinds(field))
 
 
 def takes_none(field: FieldInfo) -> bool:
@@ -119,10 +119,15 @@ def takes_none(field: FieldInfo) -> bool:
 
 def parse(value: object, field: FieldInfo) -> object:
     """A value of any way in as the field's type; what cannot be parsed comes back as it is, for pydantic to refuse."""
-    (kind,) = _kinds(field)
+    (kind,) = kinds(field)
     if value is None:
         return None
-    if isinstance(value, str) and takes_none(field) and not is_text(field) and value.strip().lower() in ("none", "null"):
+    if (
+        isinstance(value, str)
+        and takes_none(field)
+        and not is_text(field)
+        and value.strip().lower() in ("none", "null")
+    ):
         return None
     if get_origin(kind) is tuple:
         return tuple(_parse_one(item, get_args(kind)[0]) for item in _items(value))
@@ -171,7 +176,7 @@ def _number(value: object, kind: type) -> object:
 
 def expected(field: FieldInfo) -> str:
     """What a field takes, in words: "a whole number of 1 or more, or None"."""
-    (kind,) = _kinds(field)
+    (kind,) = kinds(field)
     several = get_origin(kind) is tuple
     inner = get_args(kind)[0] if several else kind
     text = f"a list (commas between its values) of {_word(inner)}" if several else _word(inner)

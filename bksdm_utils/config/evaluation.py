@@ -47,6 +47,8 @@ class CocoEvaluation(
     num_images: Positive | None = parameter(None, "captions sampled by each model")
     guidances: tuple[float, ...] = parameter((1.0, 2.0, 4.0, 8.0), "guidance scales compared; empty leaves it out")
     num_guidance_images: Positive = parameter(40, "images for each guidance scale")
-    num_processes: Positive | None = parameter(None, "None samples in this kernel; a number in processes that outlive it")
+    num_processes: Positive | None = parameter(
+        None, "None samples in this kernel; a number in processes that outlive it"
+    )
     images_dir: PathText | None = parameter(None, "folder of the images; None: outputs/cache/images")
     resume: bool = parameter(True, "keep the images that exist; no samples those of these captions anew")

@@ -42,7 +42,9 @@ class Training(Config):
     checkpoint_steps: Count = parameter(0, "steps between two checkpoints; 0 keeps none")
     checkpoints_kept: Positive = parameter(2, "the newest ones")
     max_skipped_steps: Positive = parameter(20, "abort after this many consecutive non-finite gradients")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = parameter((), "tensorboard, wandb; log.csv is always written")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = parameter(
+        (), "tensorboard, wandb; log.csv is always written"
+    )
 
     @field_validator("trackers")
     @classmethod
@@ -108,7 +110,10 @@ _KD = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "learning
 
 
 class KDTraining(
-    Sampling.preset_decides("num_inference_steps", "guidance_scale"), TrainingData, Training.preset_decides(*_KD), Student
+    Sampling.preset_decides("num_inference_steps", "guidance_scale"),
+    TrainingData,
+    Training.preset_decides(*_KD),
+    Student,
 ):
     """Notebook 03: knowledge distillation."""
 
@@ -121,13 +126,17 @@ class KDTraining(
     normalise_features: bool = parameter(False, "divide each tap's loss by the teacher's mean square there")
     min_snr_gamma: NonNegative = parameter(0.0, "min-SNR weighting of the task loss, 5 is usual, 0 is off")
     caption_dropout: Share = parameter(0.0, "probability of an empty caption")
-    random_conditioning: NonNegative = parameter(0.0, "rate of unrelated captions (arXiv 2504.02011), 5 there, 0 is off")
+    random_conditioning: NonNegative = parameter(
+        0.0, "rate of unrelated captions (arXiv 2504.02011), 5 there, 0 is off"
+    )
     noise_offset: NonNegative = parameter(0.0, "strength of a shift of the noise common to all pixels")
     find_batch_size: bool = parameter(False, "measure the fastest micro-batch that fits; the global batch stays")
     gradient_checkpointing: bool = parameter(False, "less memory, more time")
     channels_last: bool = parameter(True, "memory layout in which convolutions are faster")
     compiled: bool = parameter(False, "torch.compile: minutes at the start for a faster step")
-    num_processes: Positive | None = parameter(None, "None trains in this kernel; a number in processes that outlive it")
+    num_processes: Positive | None = parameter(
+        None, "None trains in this kernel; a number in processes that outlive it"
+    )
     num_images: Positive | None = parameter(None, "held-out captions sampled and scored")
     sampling_batch_size: Positive | None = parameter(None, "images in one pass on a GPU")
     clip: PathText | None = parameter(None, "CLIP folder or hub id of the scores; None: the preset's")

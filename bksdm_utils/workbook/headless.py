@@ -1,8 +1,7 @@
-"""Notebooks run headlessly, one after another."""
+"""Notebooks run headlessly, one after another, with every combination of swept values."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -10,10 +9,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
+from ..config.base import Config, is_text, kinds
+from ..config.plan_files import plan_name
 from ..files import ROOT
-from .parameters import LISTS, NOTEBOOKS, check_parameters, find_notebook, literal, parameters_of
-from .run import run_name
+from .parameters import CLASSES, NOTEBOOKS, find_notebook
+from .run import fill, run_name
 
 
 @dataclass(frozen=True)
@@ -25,67 +27,91 @@ class Job:
     dir: Path
 
 
-def plan_jobs(notebooks: Sequence[str], parameters: Sequence[tuple[str, str]]) -> list[Job]:
-    """Every notebook with every combination of swept values.
+def plan_jobs(
+    notebooks: Sequence[str], parameters: Mapping[str, object], sweep: Mapping[str, Sequence[object]] | None = None
+) -> list[Job]:
+    """Every notebook with every combination of swept values; nothing has run when this raises.
+
+    Args:
+        notebooks: numbers, names or paths; "all" stands for every notebook that has all the parameters.
+        parameters: name -> value. A comma sweeps a parameter whose values can hold none (numbers, switches, words),
+            variant and preset among them.
+        sweep: name -> values.
 
     Raises:
-        ValueError: an unknown notebook, parameter, preset or variant; nothing has run then.
+        ValueError: an unknown notebook or parameter, or a value that does not fit.
     """
-    choices = {
-        name: [None if v.lower() == "none" else v for v in values.split(";")]
-        if name in LISTS
-        else [literal(v) for v in values.split(",")]
-        for name, values in parameters
-    }
-    paths = [find_notebook(name) for name in notebooks] if "all" not in notebooks else _all_notebooks(choices)
-    swept = [name for name, values in choices.items() if len(values) > 1]
-    jobs, several = [], len(paths) > 1 or any(len(values) > 1 for values in choices.values())
-    for path, values in itertools.product(paths, itertools.product(*choices.values())):
-        given = dict(zip(choices, values, strict=True))
-        check_parameters(path, given)
-        jobs.append(Job(path, given, _job_dir(path, given, swept, several)))
+    names = [*parameters, *(sweep or {})]
+    found = _having(names) if "all" in notebooks else [find_notebook(name) for name in notebooks]
+    jobs, used = [], set()
+    for path, kind in found:
+        choices = {name: _values(kind, name, value) for name, value in parameters.items()}
+        choices |= {name: list(dict.fromkeys(values)) for name, values in (sweep or {}).items()}
+        swept = [name for name, values in choices.items() if len(values) > 1]
+        several = len(found) > 1 or bool(swept)
+        for values in itertools.product(*choices.values()):
+            given = dict(zip(choices, values, strict=True))
+            config = fill(kind, given)
+            if getattr(config, "variant", None):
+                plan_name(config.variant)  # an unknown one is an error
+            jobs.append(Job(path, given, _unused(_job_dir(path, config, swept, several), used)))
     return jobs
 
 
-def _all_notebooks(needed: Iterable[str]) -> list[Path]:
-    """Every notebook that knows all the parameters given."""
-    paths = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-    chosen = [path for path in paths if set(needed) <= set(parameters_of(path))]
-    if not chosen:
-        raise ValueError(f"no notebook knows all of {', '.join(needed)}: see papermill --help-notebook NOTEBOOK")
-    return chosen
+def _having(names: Iterable[str]) -> list[tuple[Path, type[Config]]]:
+    found = [find_notebook(number) for number, kind in CLASSES.items() if set(names) <= set(kind.model_fields)]
+    if not found:
+        raise ValueError(f"no notebook has all of {', '.join(names)}: see bksdm run NOTEBOOK --help")
+    return found
 
 
-def _job_dir(path: Path, given: Mapping[str, object], swept: Sequence[str], several: bool) -> Path:
+def _values(kind: type[Config], name: str, value: object) -> list[object]:
+    """The values that `-p name a,b` sweeps; one where a comma may be part of the value."""
+    field = kind.model_fields.get(name)
+    if not isinstance(value, str) or field is None:
+        return [value]
+    holds_commas = any(item is str or get_origin(item) is tuple for item in kinds(field))
+    one = holds_commas and is_text(field) and name not in ("variant", "preset") or get_origin(kinds(field)[0]) is tuple
+    return [value] if one else list(dict.fromkeys(part.strip() for part in value.split(",")))
+
+
+def _job_dir(path: Path, config: Config, swept: Sequence[str], several: bool) -> Path:
     """One job may name its folder; several get folders of their own below it."""
-    root = Path(str(given["output_dir"])).resolve() if given.get("output_dir") else None
-    if root and not several:
-        return root
-    return (root or ROOT / "outputs") / path.stem / run_name({**parameters_of(path), **given}, swept)
+    root = Path(config.output_dir).resolve() if config.output_dir else None
+    return root if root and not several else (root or ROOT / "outputs") / path.stem / run_name(config, swept)
+
+
+def _unused(folder: Path, used: set[Path]) -> Path:
+    """The folder, numbered where another run of this sweep has it already."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    free = next(path for path in itertools.chain([folder], numbered) if path not in used)
+    used.add(free)
+    return free
 
 
 def execute(job: Job) -> tuple[str, float, str]:
     """Runs one job; returns (status, seconds, key figure). The executed notebook is kept also when it fails."""
     import papermill
 
+    from .pages import write_page  # nbconvert takes a second
+
     job.dir.mkdir(parents=True, exist_ok=True)
     executed, started = job.dir / job.notebook.name, time.perf_counter()
-    names = parameters_of(job.notebook)
-    parameters = {**job.parameters, **({"output_dir": str(job.dir)} if "output_dir" in names else {})}
     for old in (job.dir / "result.json", executed, executed.with_suffix(".html")):
         old.unlink(missing_ok=True)
     status, figure = "ok", ""
     try:
         papermill.execute_notebook(
-            str(job.notebook), str(executed), parameters=parameters, cwd=str(NOTEBOOKS), kernel_name="python3",
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            str(job.notebook), str(executed), parameters={**job.parameters, "output_dir": str(job.dir)},
+            cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
+            stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
-        figure = json.loads((job.dir / "result.json").read_text())["metrics"]["key_figure"]
-    except Exception as error:  # whatever a notebook raises, the runs after it still get their turn
+        figure = json.loads((job.dir / "result.json").read_text(encoding="utf-8"))["metrics"]["key_figure"]
+    except Exception as error:  # whatever a notebook raises, the runs after it still take place
         status, figure = "FAILED", _last_line(error)
     seconds = time.perf_counter() - started
     try:
-        _write_html(executed)
+        write_page(executed)
     except Exception as error:  # a page that cannot be written is no reason to stop either
         print(f"no .html for {job.notebook.stem}: {_last_line(error)}", flush=True)
     return status, seconds, figure
@@ -95,25 +121,20 @@ def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _write_html(notebook: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    body, _ = HTMLExporter().from_filename(str(notebook))
-    notebook.with_suffix(".html").write_text(body, encoding="utf-8")
-
-
 def run_jobs(jobs: Sequence[Job]) -> int:
     """Runs the jobs one after another, prints a table, returns how many failed."""
+    from .pages import write_index
+
     rows, total = [], 0.0
     for number, job in enumerate(jobs, 1):
-        told = ", ".join(f"{k}={v}" for k, v in job.parameters.items())
-        print(f"\n[{number}/{len(jobs)}] {job.notebook.stem} {told}", flush=True)
+        values = ", ".join(f"{name}={value}" for name, value in job.parameters.items())
+        print(f"\n[{number}/{len(jobs)}] {job.notebook.stem} {values}", flush=True)
         status, seconds, figure = execute(job)
         total += seconds
         rows.append((f"{job.notebook.stem}/{job.dir.name}", status, f"{seconds:.0f} s", figure))
         print(f"[{number}/{len(jobs)}] {status} after {seconds:.0f} s", flush=True)
     print_table(("run", "status", "time", "key figure"), rows)
-    print(f"\n{len(rows)} runs in {total:.0f} s of notebook time; pictures and .html are in outputs/")
+    print(f"\n{len(rows)} runs in {total:.0f} s of notebook time; all executed notebooks: {write_index()}")
     return sum(row[1] != "ok" for row in rows)
 
 
@@ -123,22 +144,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print()
     for row in (header, ["-" * w for w in widths], *rows):
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status is 0 when every run succeeded, 1 when one failed, 2 when nothing could run."""
-    parser = argparse.ArgumentParser(prog="python -m bksdm_utils.workbook.headless", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("notebooks", nargs="+", help='"all", or numbers, names or paths of notebooks')
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    chosen = parser.parse_args(arguments)
-    try:
-        jobs = plan_jobs(chosen.notebooks, chosen.parameter)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if run_jobs(jobs) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,68 +1,80 @@
-"""The parameters of the notebooks."""
+"""The notebooks by number, their parameter classes, and the parameters cells and help texts made from these."""
 
 from __future__ import annotations
 
 import ast
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..config.presets import PRESETS, find_preset
-from ..core.plans import RemovalPlan, find_plan
+import nbformat
+from pydantic.fields import FieldInfo
+
+from ..config.base import Config
+from ..config.deploy import DemoAndExport
+from ..config.dreambooth import DreamBoothTraining
+from ..config.evaluation import CocoEvaluation
+from ..config.results import Results
+from ..config.surgery import ArchitectureSurgery, StorybookWorld, WeightCopying
+from ..config.training import KDTraining
 from ..files import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
+CLASSES: dict[str, type[Config]] = {
+    kind.notebook[:2]: kind
+    for kind in (StorybookWorld, ArchitectureSurgery, WeightCopying, KDTraining, CocoEvaluation, DreamBoothTraining,
+                 DemoAndExport, Results)
+}  # fmt: skip
 
 
-# Parameters that are lists: a comma is part of one value.
-LISTS = ("students", "guidances", "models", "methods", "lora_targets", "lora_text_targets", "few_steps", "formats",
-         "trackers")  # fmt: skip
+def find_notebook(name: str) -> tuple[Path, type[Config]]:
+    """A notebook's path and parameter class by its number, name or path: "03" is notebooks/03_kd_training.ipynb.
+
+    Raises:
+        ValueError: there is no such notebook.
+    """
+    kind = CLASSES.get(Path(name).name[:2])
+    if kind is None or not f"{kind.notebook}.ipynb".startswith(Path(name).name):
+        known = ", ".join(kind.notebook for kind in CLASSES.values())
+        raise ValueError(f"unknown notebook {name!r}: expected all or one of {known}")
+    return NOTEBOOKS / f"{kind.notebook}.ipynb", kind
 
 
-def find_notebook(name: str) -> Path:
-    """A notebook by path, file name, full stem or number: "03" is notebooks/03_kd_training.ipynb."""
-    known = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-    for path in known:
-        if name in (path.stem, path.name, path.stem.split("_")[0]) or Path(name).resolve() == path:
-            return path
-    raise ValueError(f"unknown notebook {name!r}: expected all or one of {', '.join(p.stem for p in known)}")
+def literal(field: FieldInfo) -> str:
+    """A default as the parameters cell writes it: lists are texts with commas."""
+    return repr(field.default).replace("'", '"') if not isinstance(field.default, tuple) else (
+        '"' + ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in field.default) + '"'
+    )  # fmt: skip
 
 
-def parameters_of(notebook: Path) -> dict[str, object]:
-    """The names and default values of a notebook's parameters cell."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", ())]
-    if not tagged:
-        raise ValueError(f"{notebook.name} has no cell tagged parameters")
-    tree = ast.parse("".join(tagged[0]["source"]))
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+def parameters_cell(kind: type[Config]) -> str:
+    """The source of a notebook's parameters cell: name, default and description of every parameter."""
+    return "\n".join(f"{name} = {literal(field)}  # {field.description}" for name, field in kind.model_fields.items())
 
 
-def check_parameters(notebook: Path, given: Mapping[str, object]) -> None:
-    """Raises ValueError, naming what is known, for a parameter, preset, variant or plan file that is not."""
-    known = parameters_of(notebook)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it knows {', '.join(known)}")
-    if given.get("preset") is not None and given["preset"] not in PRESETS:
-        raise ValueError(f"unknown preset {given['preset']!r}: expected one of {', '.join(PRESETS)}")
-    if given.get("variant") is not None:
-        requested_plan(given)
+def parameters_help(kind: type[Config]) -> str:
+    """The same as help text."""
+    return "\n".join(
+        f"  {name:<28} {field.description} [{literal(field)}]" for name, field in kind.model_fields.items()
+    )
 
 
-def literal(text: str) -> object:
-    """A value typed on the command line: a Python literal, true, false, none, or else a string."""
-    lowered = {"true": True, "false": False, "none": None}
-    if text.lower() in lowered:
-        return lowered[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def read_parameters_cell(notebook: Path) -> str:
+    """The source of the cell tagged parameters."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
 
 
-def requested_plan(parameters: Mapping[str, object]) -> RemovalPlan | None:
-    """The removal plan that a notebook's parameters ask for: by name, from a .json file, or the preset's."""
-    if "variant" not in parameters:
-        return None
-    return find_plan(parameters["variant"] or find_preset(parameters.get("preset", "storybook")).variant)
+def assigned_parameters(sources: Iterable[str], kind: type[Config]) -> set[str]:
+    """The names assigned in parameters cells: cells of nothing but literals, some of them parameters of this class."""
+    names: set[str] = set()
+    for source in sources:
+        try:
+            assigned = _assignments(source)
+        except (SyntaxError, ValueError, AttributeError):
+            continue
+        names |= set(assigned) if set(assigned) & set(kind.model_fields) else set()
+    return names
+
+
+def _assignments(source: str) -> Mapping[str, object]:
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}

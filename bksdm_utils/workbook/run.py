@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from ..config.presets import Preset, find_preset
+from ..config.base import Config
+from ..config.plan_files import find_plan, plan_name
+from ..config.presets import STORYBOOK, Preset
 from ..core.plans import RemovalPlan
 from ..files import ROOT, NotAvailable, write_json
-from .parameters import check_parameters, find_notebook, parameters_of, requested_plan
+from ..models.configs import teacher_config
+from .parameters import assigned_parameters
+
+NAME_BYTES = 150  # of a run's folder; file systems allow 255
 
 
 @dataclass
@@ -25,47 +30,57 @@ class Run:
     """One run of one notebook.
 
     Attributes:
-        preset: the preset with the notebook's parameters in place.
-        variant: the name of the removal plan; None where the notebook knows no variant.
-        plan: the plan itself.
+        config: the parameters, the preset's values and the device filled in: what runs, and what config.json says.
+        plan: the removal plan; None where the notebook has no variant.
         dir: the folder that everything this run writes goes to.
-        standard: whether this is the run that the notebook's claims are about: a measured preset and no parameter but
-            variant and output_dir changed. Claims about results are checked in such runs only.
+        standard: whether the notebook's claims are about this run: a measured preset and no parameter but variant,
+            device and output_dir changed. Claims about results are checked in such runs only.
     """
 
-    notebook: str
+    config: Config
     preset: Preset
-    variant: str | None
     plan: RemovalPlan | None
-    seed: int
-    device: str
     dir: Path
-    config: dict
     provenance: dict
     standard: bool
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def variant(self) -> str | None:
+        """The plan's name."""
+        return self.plan.name if self.plan else None
+
+    @property
+    def device(self) -> str:
+        return self.config.device
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
 
     def finish(self, metrics: Mapping[str, object], key_figure: str = "") -> None:
         """Writes result.json; only a run that came this far has one."""
         seconds = round(time.perf_counter() - self.started, 1)
         result = {
-            "notebook": self.notebook, "preset": self.preset.name, "variant": self.variant, "config": self.config,
-            "metrics": {"key_figure": key_figure, **metrics}, "provenance": {**self.provenance, "seconds": seconds},
+            "notebook": self.config.notebook, "preset": self.preset.name, "variant": self.variant,
+            "config": self.config.model_dump(mode="json"), "metrics": {"key_figure": key_figure, **metrics},
+            "provenance": {**self.provenance, "seconds": seconds},
         }  # fmt: skip
         write_json(self.dir / "result.json", result)
-        print(f"{self.notebook} done in {seconds:.0f} s: {key_figure}\nresult: {_relative(self.dir / 'result.json')}")
+        print(f"{self.config.notebook} finished in {seconds:.0f} s: {key_figure}\n"
+              f"result: {relative(self.dir / 'result.json')}")  # fmt: skip
 
-    def or_skip(self, make: Callable, *arguments, **named) -> object | None:
+    def if_available(self, make: Callable, *args, **kwargs) -> object | None:
         """`make(…)`, or None and a line that says why: a preset that was never run here may lack weights or data.
 
-        What is there and wrong is an error with every preset.
+        Anything that exists and is wrong is an error with every preset.
         """
         try:
-            return make(*arguments, **named)
+            return make(*args, **kwargs)
         except NotAvailable as error:
             if self.preset.measured:
                 raise
-            print(f"What needs this is skipped: {error}")
+            print(f"Skipped, with all that needs it: {error}")
             return None
 
     def save(self, figure, name: str) -> None:
@@ -73,60 +88,87 @@ class Run:
         figure.savefig(self.dir / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
-def start(notebook: str, variables: Mapping[str, object]) -> Run:
+def start(kind: type[Config], variables: Mapping[str, object]) -> Run:
     """Begins a run: checks the parameters, fills in the preset's, makes the folder, prints one line of provenance.
 
     Args:
-        notebook: the notebook's stem, "03_kd_training".
-        variables: where the values of its parameters are found; a notebook passes `globals()`.
+        kind: the notebook's parameter class.
+        variables: where its parameters are found; a notebook passes `globals()`.
 
     Raises:
-        ValueError: an unknown preset or variant, or a number out of range.
+        ValueError: a parameter is missing, unknown, or does not fit; every fault is named.
     """
-    path = find_notebook(notebook)
-    given = {name: variables[name] for name in parameters_of(path)}
-    import torch
-
-    config, preset = configure(path, given)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan, seed = requested_plan(given), given.get("seed") or 0
-    variant = plan.name if plan else None
-    folder = Path(given.get("output_dir") or ROOT / "outputs" / notebook / run_name(given))
+    missing = [name for name in kind.model_fields if name not in variables]
+    if missing:
+        raise ValueError(f"the parameters cell lacks {', '.join(missing)}: run it first, or restore it from git")
+    unknown = assigned_parameters(variables.get("In", ()), kind) - set(kind.model_fields)
+    given = {name: variables[name] for name in (*kind.model_fields, *sorted(unknown))}
+    config = fill(kind, given)
+    config = config.but(device=choose_device(config.device))
+    plan = find_plan(config.variant, teacher_config(config)) if hasattr(config, "variant") else None
+    folder = Path(config.output_dir or ROOT / "outputs" / config.notebook / run_name(config))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not stand for this one
-    write_json(folder / "config.json", config)
-    free = ("variant", "output_dir")
-    changed = {name for name, value in parameters_of(path).items() if given[name] != value and name not in free}
-    standard = preset.measured and not changed and not str(given.get("variant")).endswith(".json")
-    run = Run(notebook, preset, variant, plan, seed, device, folder, config, provenance(device), standard)
+    (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not pass for this one's
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    preset = getattr(config, "chosen_preset", STORYBOOK)
+    run = Run(config, preset, plan, folder, provenance(config.device), preset.measured and _is_standard(kind, given))
     print(describe(run))
     return run
 
 
-def configure(notebook: Path, given: Mapping[str, object]) -> tuple[dict, Preset]:
-    """Every parameter of a notebook, the given ones in place, and as `resolved` the preset they come to; and that.
+def fill(kind: type[Config], given: Mapping[str, object]) -> Config:
+    """The parameters with the preset's values filled in, where the class has presets."""
+    return kind.filled(**given) if hasattr(kind, "filled") else kind(**given)
+
+
+def _is_standard(kind: type[Config], given: Mapping[str, object]) -> bool:
+    config, default = kind(**given), kind()
+    changed = {name for name, value in config.values().items() if value != getattr(default, name)}
+    own_plan = str(getattr(config, "variant", None)).endswith(".json")
+    return changed <= {"variant", "output_dir", "device"} and not own_plan
+
+
+def choose_device(device: str) -> str:
+    """The device itself, for auto the first that exists.
 
     Raises:
-        ValueError: an unknown parameter, preset or variant, or a number out of range.
+        ValueError: torch does not find the device.
     """
-    check_parameters(notebook, given)
-    values = {**parameters_of(notebook), **given}
-    preset = find_preset(values.get("preset", "storybook"), **{k: v for k, v in values.items() if k != "preset"})
-    return {**values, "resolved": asdict(preset)}, preset
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, exists in available.items() if exists)
+    if not available[device]:
+        raise ValueError(f"device is {device!r}, which torch {torch.__version__} does not find here: expected auto or "
+                         f"{', '.join(name for name, exists in available.items() if exists)}")  # fmt: skip
+    return device
 
 
 def folder_name(preset: str, variant: str | None) -> str:
-    """ "storybook-bk_small", or "storybook" where there is no variant."""
-    return re.sub(r"[^\w.=+-]+", "_", f"{preset}-{variant}" if variant else preset)
+    """ "storybook-bk_small", or "storybook" without a variant; at most `NAME_BYTES` bytes, long names by their hash."""
+    name = re.sub(r"[^\w.=+-]+", "_", f"{preset}-{variant}" if variant else preset)
+    if len(name.encode()) <= NAME_BYTES:
+        return name
+    return name.encode()[: NAME_BYTES - 9].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def run_name(parameters: Mapping[str, object], swept: Sequence[str] = ()) -> str:
-    """What a run's folder is called: preset, variant, the subject where one is named, and what is swept."""
-    plan = requested_plan(parameters)
-    subject = ["subject"] if parameters.get("subject") else []
-    told = dict.fromkeys(key for key in (*subject, *swept) if key not in ("preset", "variant"))
-    name = "-".join([plan.name if plan else "", *(f"{key}_{parameters[key]}" for key in told)]).strip("-")
-    return folder_name(str(parameters.get("preset") or "storybook"), name)
+def run_name(config: Config, swept: Sequence[str] = ()) -> str:
+    """The name of a run's folder: preset, variant, the subject where one is named, and what is swept."""
+    values = config.values()
+    subject = ["subject"] if values.get("subject") not in (None, _preset_value(config, "subject")) else []
+    named = dict.fromkeys(name for name in (*subject, *swept) if name not in ("preset", "variant"))
+    parts = [plan_name(values["variant"])] if values.get("variant") else []
+    return folder_name(values.get("preset", "storybook"), "-".join([*parts, *(f"{n}_{values[n]}" for n in named)]))
+
+
+def _preset_value(config: Config, name: str) -> object:
+    return config.chosen_preset.values_for(type(config).__name__).get(name)
+
+
+def student_folder(config: Config) -> Path:
+    """Where notebook 03 leaves the averaged student of this preset and variant."""
+    return ROOT / "outputs" / "03_kd_training" / folder_name(config.preset, plan_name(config.variant)) / "unet_ema"
 
 
 def provenance(device: str) -> dict:
@@ -142,35 +184,9 @@ def provenance(device: str) -> dict:
 def describe(run: Run) -> str:
     """The one line that a run begins with."""
     p = run.provenance
-    what = folder_name(run.preset.name, run.variant)
     versions = f"torch {p['torch']}, diffusers {p['diffusers']}"
-    return f"{what} on {p['device']} | {versions} | commit {p['commit']} | {_relative(run.dir)}"
-
-
-def collect(runs_dir: Path) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Every result.json below a folder, each with its `folder`, and (path, reason) of those that could not be read."""
-    results, unreadable = [], []
-    for path in sorted(runs_dir.glob("*/*/result.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            missing = {"notebook", "preset", "variant", "config", "metrics", "provenance"} - set(result)
-            if missing:
-                raise ValueError(f"lacks {', '.join(sorted(missing))}")
-            results.append(result | {"folder": f"{path.parent.parent.name}/{path.parent.name}"})
-        except (OSError, ValueError) as error:
-            unreadable.append((str(path), str(error)))
-    return results, unreadable
-
-
-def changed(result: Mapping, free: Collection[str] = ()) -> str:
-    """What a collected run was told otherwise than its notebook's defaults: "batch_size 8, seed 1".
-
-    Args:
-        free: parameters that are left out.
-    """
-    defaults = parameters_of(find_notebook(result["notebook"]))
-    told = {name: value for name, value in result["config"].items() if name in defaults and name not in free}
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value != defaults[name])
+    name = folder_name(run.preset.name, run.variant)
+    return f"{name} on {p['device']} | {versions} | commit {p['commit']} | {relative(run.dir)}"
 
 
 def check(condition: object, proved: str) -> None:
@@ -189,17 +205,23 @@ def _device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
 def _commit() -> str:
+    """The commit of this project; unknown where it is not a repository of its own."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        top = _git("rev-parse", "--show-toplevel")
+        return _git("describe", "--always", "--dirty") if top and Path(top).resolve() == ROOT else "unknown"
     except OSError:  # no git on this machine
         return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
-def _relative(path: Path) -> str:
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def relative(path: Path) -> str:
+    """A path as the repository's users know it: relative to the root, or the name alone."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

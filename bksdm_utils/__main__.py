@@ -1,0 +1,5 @@
+"""`python -m bksdm_utils`."""
+
+from .workbook.cli import main
+
+main(prog_name="bksdm")

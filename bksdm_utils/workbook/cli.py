@@ -1,0 +1,194 @@
+"""The one command: `python -m bksdm_utils`, or `bksdm` once installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import yaml
+
+from ..config.base import Config
+from ..config.deploy import Demo
+from ..config.evaluation import SampleFolder
+from ..config.training import KDTraining
+from ..files import write_json
+from .headless import plan_jobs, run_jobs
+from .parameters import find_notebook, parameters_help
+from .run import choose_device, fill
+
+parameter_option = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE",
+                                help="Set a parameter; repeatable.")  # fmt: skip
+file_option = click.option("-f", "--file", "files", type=click.Path(exists=True, dir_okay=False), multiple=True,
+                           help="YAML file of parameters; repeatable.")  # fmt: skip
+
+
+class Commands(click.Group):
+    """Errors of the input, and of files and networks, are one line; everything else keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def main() -> None:
+    """The BK-SDM workbook: cut, copy, distil, score, personalise and ship a Stable Diffusion U-Net."""
+
+
+@main.command(add_help_option=False)
+@click.argument("notebooks", nargs=-1)
+@parameter_option
+@file_option
+@click.option("--sweep", multiple=True, metavar="NAME=A,B", help="Run every value of a parameter; repeatable.")
+@click.option("-h", "--help", "show_help", is_flag=True, help="Show this, or a notebook's parameters, and exit.")
+@click.pass_context
+def run(ctx: click.Context, notebooks: tuple[str, ...], pairs, files, sweep, show_help: bool) -> None:
+    """Run notebooks headlessly: "all", or numbers, names or paths.
+
+    `run 03 --help` shows the parameters of notebook 03. With -p, a comma sweeps a parameter whose values can hold
+    none (numbers, switches, words, variant, preset); --sweep sweeps any.
+    """
+    if show_help or not notebooks:
+        click.echo(ctx.get_help())
+        for path, kind in (find_notebook(name) for name in notebooks if name != "all"):
+            click.echo(f"\nParameters of {path.stem}:\n{parameters_help(kind)}")
+        ctx.exit()
+    swept = dict(_split(text) for text in sweep)
+    failed = run_jobs(plan_jobs(notebooks, _values(pairs, files), swept))
+    ctx.exit(1 if failed else 0)
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    name, equals, values = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r}: expected NAME=A,B", param_hint="--sweep")
+    return name.strip(), [value.strip() for value in values.split(",")]
+
+
+def _values(pairs, files=()) -> dict[str, object]:
+    """The parameters of YAML files and of -p, the latter last."""
+    values: dict[str, object] = {}
+    for file in files:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} holds {type(content).__name__}: expected lines of name: value")
+        values |= content
+    return values | dict(pairs)
+
+
+def _config(kind: type[Config], path: Path | None, pairs, files) -> Config:
+    """A configuration from the file that a run wrote, or from parameters."""
+    if path is None:
+        return fill(kind, _values(pairs, files))
+    import json
+
+    return kind(**{**json.loads(path.read_text(encoding="utf-8")), **_values(pairs, files)})
+
+
+def _described(kind: type[Config]):
+    """Adds the parameters of a class to a command's help."""
+
+    def decorate(function):
+        lines = parameters_help(kind)
+        function.__doc__ = f"{function.__doc__}\n\n    \b\n    Parameters:\n    " + lines.replace("\n", "\n    ")
+        return function
+
+    return decorate
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--config", type=click.Path(exists=True, path_type=Path), help="config.json of a run's folder.")
+@parameter_option
+@file_option
+@_described(KDTraining)
+def train(folder: Path | None, config: Path | None, pairs, files) -> None:
+    """Distil a student in FOLDER, or as a run's config.json says; `accelerate launch -m bksdm_utils train …` works."""
+    from .jobs import train_student
+
+    folder, settings = _target(folder, config, KDTraining, pairs, files)
+    train_student(settings.but(device=choose_device(settings.device)), folder)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--config", type=click.Path(exists=True, path_type=Path), help="config.json of a folder of images.")
+@parameter_option
+@file_option
+@_described(SampleFolder)
+def sample(folder: Path | None, config: Path | None, pairs, files) -> None:
+    """Sample images of prompts into FOLDER; what exists there is kept."""
+    from .jobs import sample_images
+
+    folder, settings = _target(folder, config, SampleFolder, pairs, files)
+    sample_images(settings.but(device=choose_device(settings.device)), folder)
+
+
+def _target(folder: Path | None, config: Path | None, kind: type[Config], pairs, files) -> tuple[Path, Config]:
+    """The folder and the parameters of `train` and `sample`; config.json is written where it is not given."""
+    if (folder is None) == (config is None):
+        raise click.UsageError("expected either FOLDER or --config FOLDER/config.json")
+    settings = _config(kind, config, pairs, files)
+    folder = folder or config.parent
+    if config is None or pairs or files:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", settings.model_dump(mode="json"))
+    return folder, settings
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+@click.pass_context
+def download(ctx: click.Context, names: tuple[str, ...]) -> None:
+    """Fetch data sets, statistics and metric networks by name; without a name, list them."""
+    from ..data.downloads import DOWNLOADS
+    from ..data.downloads import download as fetch_all
+
+    if not names:
+        for name, item in DOWNLOADS.items():
+            click.echo(f"{name:<28} {item.path}")
+    ctx.exit(fetch_all(names))
+
+
+@main.command()
+@parameter_option
+@file_option
+@_described(Demo)
+def demo(pairs, files) -> None:
+    """Serve a page where teacher and students generate side by side."""
+    from ..deploy.demo import serve
+
+    settings = Demo(**_values(pairs, files))
+    serve(settings.but(device=choose_device(settings.device)))
+
+
+@main.command()
+def subjects() -> None:
+    """List google/dreambooth's subjects: bksdm run 05 -p preset sd-v1.4 --sweep subject=$(bksdm subjects)."""
+    from ..dreambooth.subjects import dreambooth_subjects
+
+    click.echo(",".join(dreambooth_subjects()))
+
+
+@main.command()
+@click.argument("stages", nargs=-1)
+@click.option("--output-dir", type=click.Path(path_type=Path), default="outputs/00_storybook_world/teacher")
+@click.option("--destination", type=click.Path(path_type=Path), default="data/storybook", help="Where export writes.")
+@click.option("--max-train-steps", type=int, help="Of each stage, to try it out.")
+@click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
+def storybook(stages: tuple[str, ...], output_dir: Path, destination: Path, max_train_steps: int | None, device: str):
+    """Make the embedded teacher, stage by stage; each resumes where it was stopped. Without a stage, list them."""
+    from ..storybook.making import STAGES, make
+
+    if not stages:
+        click.echo(" ".join([*STAGES, "export"]))
+        return
+    make(stages, output_dir, destination, max_train_steps, choose_device(device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
