@@ -14,6 +14,8 @@ class Samples(Config):
 
     num_images: Positive = parameter(8, "held-out captions sampled and scored")
     num_inference_steps: Positive = parameter(25, "denoising steps for each image")
+    guidance_scale: float | None = parameter(None, "strength of classifier-free guidance")
+    clip: PathText | None = parameter(None, "CLIP folder or hub id of the scores; None: the preset's")
 
 
 class StorybookWorld(Samples, Common):
@@ -21,6 +23,9 @@ class StorybookWorld(Samples, Common):
 
     notebook: ClassVar[str] = "00_storybook_world"
 
+    num_images: Positive = parameter(32, "held-out captions sampled and scored, 3 or more")
+    guidance_scale: float = parameter(2.0, "strength of classifier-free guidance")
+    clip: PathText = parameter("data/storybook/clip", "CLIP folder or hub id of the scores")
     train: bool = parameter(False, "make the networks again and show them instead of the committed ones; resumes")
     train_steps: Positive | None = parameter(None, "optimizer steps of each network, to try it out; None is all")
 
@@ -30,6 +35,7 @@ class ArchitectureSurgery(Samples, Student):
 
     notebook: ClassVar[str] = "01_architecture_surgery"
 
+    num_inference_steps: Positive = parameter(20, "denoising steps for each image")
     student: PathText | None = parameter(None, "somebody's U-Net folder or hub id, to find out which plan it follows")
     greedy_steps: Count = parameter(6, "how many units are removed one after another")
     latency_repeats: Count | None = parameter(None, "timed passes of each U-Net; 0 leaves the timing out")
@@ -39,3 +45,5 @@ class WeightCopying(Samples, Student):
     """Notebook 02: where each student weight comes from."""
 
     notebook: ClassVar[str] = "02_weight_copying"
+
+    num_images: Positive = parameter(6, "held-out captions sampled and scored")
