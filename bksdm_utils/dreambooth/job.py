@@ -1,4 +1,4 @@
-"""DreamBooth (arXiv 2208.12242): a Stable Diffusion learns one subject from a handful of images (notebook 05)."""
+"""DreamBooth (arXiv 2208.12242): a Stable Diffusion learns one subject from a few images (notebook 05)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ..config.training import TrainingConfig
-from ..core.losses import training_target
+from ..config.dreambooth import DreamBoothTraining
+from ..config.training import Training
+from ..core.losses import Batch, training_target
 from ..data.images import to_pixels
 from ..files import CsvLog
 from ..models.hashes import model_hash
@@ -21,76 +22,16 @@ from ..models.pipelines import Pipeline, own_copy
 from ..training.encoding import encoding_batch, posterior, token_ids
 from ..training.rng import BatchRng
 from ..training.trainer import Step, Trainer
-from .model import METHODS, DreamBoothModel, Lora
-from .subjects import Subject, _images_hash
+from .model import DreamBoothModel
+from .subjects import Subject, images_hash
+
+CONTENT = ("methods", "identifier", "prior_loss_weight", "train_text_encoder", "lora_rank", "lora_alpha",
+           "lora_targets", "lora_text_rank", "lora_text_alpha", "lora_text_targets")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a subject is learned; the defaults are BK-SDM's (its finetune_full.sh and finetune_lora.sh).
-
-    Attributes:
-        batch_size: pictures of the subject in a step; with prior preservation as many of its class.
-        learning_rates: by method.
-        resolution: pixels a side of the pictures; None is the pipeline's own.
-    """
-
-    subject: str = "dog2"
-    identifier: str = "sks"
-    max_train_steps: int = 800
-    batch_size: int = 1
-    learning_rates: tuple[tuple[str, float], ...] = (("full", 1e-6), ("lora", 1e-4))
-    lr_schedule: str = "constant"
-    lr_warmup_steps: int = 0
-    train_text_encoder: bool = True
-    lora: Lora = Lora()
-    prior_loss_weight: float = 1.0
-    num_class_images: int = 200
-    mixed_precision: str = "bf16"
-    optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
-    resolution: int | None = None
-
-    def __post_init__(self):
-        if self.prior_loss_weight < 0 or self.num_class_images < 0:
-            raise ValueError(f"prior_loss_weight is {self.prior_loss_weight}, num_class_images {self.num_class_images}"
-                             ": expected zero or more")  # fmt: skip
-        if self.prior_loss_weight and not self.num_class_images:
-            raise ValueError("prior preservation needs num_class_images of 1 or more, or a prior_loss_weight of 0")
-
-    def with_parameters(self, **given) -> Recipe:
-        """This recipe with what is not None put in place of its own; `learning_rate` is for every method."""
-        rate = given.pop("learning_rate", None)
-        told = {name: value for name, value in given.items() if value is not None}
-        if rate is not None:
-            told["learning_rates"] = tuple((method, rate) for method in METHODS)
-        return replace(self, **told)
-
-    def training_config(self, method: str, device: str, seed: int, checkpoint_steps: int = 0) -> TrainingConfig:
-        """The engine's settings; on a CPU in full precision, and without an average of the weights."""
-        return TrainingConfig(
-            self.max_train_steps, self.batch_size, learning_rate=dict(self.learning_rates)[method],
-            lr_schedule=self.lr_schedule, lr_warmup_steps=self.lr_warmup_steps, ema_decay=0.0, seed=seed,
-            optimizer=self.optimizer,
-            mixed_precision=self.mixed_precision if device == "cuda" else "no", checkpoint_steps=checkpoint_steps,
-        )  # fmt: skip
-
-
-# A network this small learns with larger steps, and needs more adapters than the paper's two to hold a pattern.
-STORYBOOK = Recipe(
-    "tabby", "z", 80, 8, (("full", 5e-4), ("lora", 1.5e-3)), "cosine", 0, False,
-    Lora(targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")), num_class_images=48,
-)  # fmt: skip
-
-
-def recipe_of(preset: str) -> Recipe:
-    """The recipe that suits a preset's teacher."""
-    return STORYBOOK if preset == "storybook" else Recipe()
-
-
-@dataclass
 class Moments:
-    """Latents of a few captioned pictures: the posterior's mean and deviation, (N, 4, h, w), and token ids, (N, T)."""
+    """Latents of a few captioned images: the posterior's mean and deviation, (N, 4, h, w), and token ids, (N, T)."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -98,110 +39,121 @@ class Moments:
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, pipeline: Pipeline, pictures: Sequence[Image.Image], captions: Sequence[str], resolution: int
-    ) -> Moments:
-        """Encodes pictures, centre-cropped to `resolution`."""
-        size, found = encoding_batch(resolution), []
-        for start in range(0, len(pictures), size):
-            pixels = torch.stack([to_pixels(picture, resolution) for picture in pictures[start : start + size]])
-            found.append(posterior(pipeline, pixels))
-        mean, std = (torch.cat(parts) for parts in zip(*found, strict=True))
+    def of(cls, pipeline: Pipeline, images: Sequence[Image.Image], captions: Sequence[str], resolution: int) -> Moments:
+        """Encodes images, centre-cropped to `resolution`."""
+        size, parts = encoding_batch(resolution), []
+        for start in range(0, len(images), size):
+            pixels = torch.stack([to_pixels(image, resolution) for image in images[start : start + size]])
+            parts.append(posterior(pipeline, pixels))
+        mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return cls(mean, std, token_ids(pipeline, captions).to(mean.device))
 
-    def batch(self, indices: Sequence[int], noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents drawn from the posteriors, and their captions' token ids."""
-        return self.mean[indices] + self.std[indices] * noise.to(self.mean), self.token_ids[indices]
+    def batch(self, rng: BatchRng, num_train_timesteps: int) -> tuple[torch.Tensor, ...]:
+        """Latents sampled from the posteriors, noise, timesteps and token ids of one micro-batch."""
+        indices = replace(rng, num_examples=len(self.mean)).indices  # a permutation of these images, epoch by epoch
+        shape, device = self.mean.shape[1:], self.mean.device
+        latents = self.mean[indices] + self.std[indices] * rng.normal(*shape).to(self.mean)
+        noise = rng.normal(*shape).to(latents)
+        return latents, noise, rng.integers(num_train_timesteps).to(device), self.token_ids[indices]
 
 
-class DreamBooth:
-    """The loss of DreamBooth: of the subject's pictures, plus, weighted, of the class's. `losses` is the engine's.
+@dataclass(frozen=True)
+class SubjectBatches:
+    """Batches of a subject's images, followed by as many of its class, if any (prior preservation)."""
 
-    Args:
-        scheduler: the DDPM noise schedule; ε- and v-prediction both work.
-        prior: pictures of the class; None trains without prior preservation.
+    instance: Moments
+    prior: Moments | None
+    num_train_timesteps: int
+
+    @property
+    def num_examples(self) -> int:
+        """How many images the subject has."""
+        return len(self.instance.mean)
+
+    def __call__(self, rng: BatchRng) -> Batch:
+        moments = [self.instance] if self.prior is None else [self.instance, self.prior]
+        parts = [some.batch(rng, self.num_train_timesteps) for some in moments]
+        return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class DreamBoothLoss:
+    """The loss of the subject's images, plus, weighted, that of its class's (prior preservation).
+
+    Attributes:
+        scheduler: the noise schedule; for ε- and v-prediction.
+        prior_loss_weight: with 0, the batch holds the subject's images only.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, instance: Moments, prior: Moments | None, prior_weight: float = 1.0):
-        self.scheduler, self.instance, self.prior, self.prior_weight = scheduler, instance, prior, prior_weight
+    scheduler: DDPMScheduler
+    prior_loss_weight: float
 
-    def losses(self, model: nn.Module, draw: BatchRng) -> dict[str, torch.Tensor]:
-        """One micro-batch of the subject, and as many pictures of its class: loss, loss_instance, loss_prior."""
-        parts = [self._example(self.instance, draw, draw.indices)]
-        if self.prior is not None:
-            others = replace(draw, num_examples=len(self.prior.mean))  # its own permutation, epoch after epoch
-            parts.append(self._example(self.prior, draw, others.indices))
-        noisy, timesteps, ids, target = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        errors = F.mse_loss(model(noisy, timesteps, ids).float(), target.float(), reduction="none").mean((1, 2, 3))
-        instance, *prior = (part.mean() for part in errors.split(len(draw.positions)))
-        losses = {"loss": instance, "loss_instance": instance}
-        if prior:
-            losses |= {"loss": instance + self.prior_weight * prior[0], "loss_prior": prior[0]}
-        return losses
-
-    def _example(self, moments: Moments, draw: BatchRng, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        shape, device = moments.mean.shape[1:], moments.mean.device
-        latents, ids = moments.batch(indices, draw.normal(*shape))
-        noise = draw.normal(*shape).to(latents)
-        timesteps = draw.integers(self.scheduler.config.num_train_timesteps).to(device)
-        target = training_target(self.scheduler, latents, noise, timesteps)
-        return self.scheduler.add_noise(latents, noise, timesteps), timesteps, ids, target
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
+        prediction = model(noisy_latents, batch.timesteps, batch.token_ids)
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
+        if not self.prior_loss_weight:
+            loss = errors.mean()
+            return {"loss": loss, "loss_instance": loss}
+        instance, prior = (half.mean() for half in errors.chunk(2))
+        return {"loss": instance + self.prior_loss_weight * prior, "loss_instance": instance, "loss_prior": prior}
 
 
-@dataclass
+@dataclass(frozen=True)
 class DreamBoothRun:
-    """One model learning one subject by one method: `for step in lesson.steps(): …`, then `lesson.save()`.
+    """One model learning one subject by one method: `for step in run.steps(): …`, then `run.save()`."""
 
-    The pipeline is a copy that shares what is not trained; it draws what has been learned so far.
-    """
-
-    pipeline: StableDiffusionPipeline
+    pipeline: StableDiffusionPipeline  # samples with what has been learned so far
     model: DreamBoothModel
     trainer: Trainer
-    loss: DreamBooth
-    num_pictures: int
-    log: CsvLog
+    loss: DreamBoothLoss
+    batches: SubjectBatches
+    log: CsvLog  # losses and costs of every step
+    points: CsvLog  # scores during training, for whoever measures them
 
     def steps(self) -> Iterator[Step]:
-        """Trains, logging and yielding after every optimizer step; drawing in between is allowed."""
-        for step in self.trainer.steps(self.loss.losses, self.num_pictures):
+        """Trains, logging and yielding after every optimizer step; the caller may sample in between."""
+        for step in self.trainer.steps(self.loss, self.batches):
             self.log.append(step.floats())
             yield step
 
-    def save(self, folder: Path) -> int:
-        """`Personal.save`; returns the bytes of what was written."""
+    def save(self) -> int:
+        """`DreamBoothModel.save` to saved/ in the run's folder; returns its bytes."""
+        folder = self.trainer.output_dir / "saved"
         self.model.save(self.pipeline, folder)
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def prepare(
-    pipeline: StableDiffusionPipeline, subject: Subject, recipe: Recipe, method: str, folder: Path,
-    class_images: Sequence[tuple[str, Image.Image]] = (), seed: int = 0, checkpoint_steps: int = 0,
-    resume: bool = False,
+    pipeline: StableDiffusionPipeline, subject: Subject, config: DreamBoothTraining, folder: Path,
+    class_images: Sequence[tuple[str, Image.Image]] = (),
 ) -> DreamBoothRun:  # fmt: skip
-    """Copies U-Net and text encoder of a pipeline in full precision, encodes the pictures, sets up the engine.
-
-    Whether its words can work `check_words` says.
+    """Copies U-Net and text encoder of a pipeline in full precision, encodes the images, sets up the trainer.
 
     Args:
-        class_images: (caption, picture) of the class, for prior preservation; none trains without.
-        checkpoint_steps: steps between two checkpoints in `folder`, 0 keeps none.
+        config: for one method, as `config.for_method` gives it.
+        class_images: (caption, image) of the subject's class, where `prior_loss_weight` is not 0.
 
     Raises:
-        ValueError: a method or settings that cannot work, or a checkpoint of another lesson.
+        ValueError: settings that cannot work, or a checkpoint in `folder` of a run with others.
     """
     own = own_copy(pipeline)
-    for part in (own.unet, own.text_encoder):
-        part.float()
-    if recipe.gradient_checkpointing:
+    own.unet.float()
+    own.text_encoder.float()
+    if config.gradient_checkpointing:
         own.unet.enable_gradient_checkpointing()
-    model = DreamBoothModel(own, method, recipe.train_text_encoder, recipe.lora, seed)
-    side = recipe.resolution or own.unet.config.sample_size * own.vae_scale_factor
-    instance = Moments.of(own, subject.real, subject.captions(recipe.identifier), side)
-    prior = Moments.of(own, [p for _, p in class_images], [c for c, _ in class_images], side) if class_images else None
-    loss = DreamBooth(DDPMScheduler.from_config(own.scheduler.config), instance, prior, recipe.prior_loss_weight)
-    fixed = {"base": model_hash(pipeline), "subject": subject.key, "recipe": replace(recipe, max_train_steps=1),
-             "method": method, "class_images": _images_hash(class_images), "resolution": side}  # fmt: skip
-    config = recipe.training_config(method, own.device.type, seed, checkpoint_steps)
-    trainer = Trainer(model, config, folder, resume, fixed, name="personal")
-    return DreamBoothRun(own, model, trainer, loss, len(subject.pictures), CsvLog(folder / "log.csv", trainer.step))
+    model = DreamBoothModel(own, config)
+    side = config.resolution or own.unet.config.sample_size * own.vae_scale_factor
+    instance, prior = Moments.of(own, subject.images, subject.captions(config.identifier), side), None
+    if config.prior_loss_weight:
+        captions, images = zip(*class_images, strict=True)
+        prior = Moments.of(own, images, captions, side)
+    scheduler = DDPMScheduler.from_config(own.scheduler.config)
+    fingerprint = {"base": model_hash(pipeline), "subject": subject.key, "class_images": images_hash(class_images),
+                   "resolution": side, **{name: getattr(config, name) for name in CONTENT}}  # fmt: skip
+    precision = config.mixed_precision if own.device.type == "cuda" else "no"
+    trainer = Trainer(model, config.part(Training, mixed_precision=precision), folder, config.resume, fingerprint)
+    batches = SubjectBatches(instance, prior, scheduler.config.num_train_timesteps)
+    logs = (CsvLog(folder / name, trainer.step) for name in ("log.csv", "along.csv"))
+    return DreamBoothRun(own, model, trainer, DreamBoothLoss(scheduler, config.prior_loss_weight), batches, *logs)

@@ -1,4 +1,4 @@
-"""Scores of the DreamBooth paper: DINO, CLIP-I, CLIP-T."""
+"""Scores of the DreamBooth paper: DINO, CLIP-I, CLIP-T (notebooks 05 and 07)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from ..evaluation.networks import MetricClip, Network
 
 @torch.no_grad()
 def subject_scores(
-    judge: MetricClip, dino: Network | None, pictures: Sequence[Image.Image], real: Sequence[Image.Image],
+    clip: MetricClip, dino: Network | None, images: Sequence[Image.Image], real: Sequence[Image.Image],
     texts: Sequence[str],
 ) -> dict[str, Score]:  # fmt: skip
-    """The scores of the DreamBooth paper (section 4.2), with standard errors over the drawn pictures.
+    """The scores of the DreamBooth paper (section 4.2), with standard errors over the sampled images.
 
     Args:
-        dino: DINO's ViT-S/16; None leaves it out.
-        texts: what each drawn picture shall show, without the identifier.
+        dino: DINO's ViT-S/16; None leaves its score out.
+        real: the subject's images.
+        texts: the prompt of each sampled image, without the identifier.
 
     Returns:
-        clip_i, dino: mean cosine between drawn and real pictures; clip_t: between drawn pictures and their texts.
+        clip_i, dino: mean cosine between sampled and real images; clip_t: between sampled images and their texts.
     """
-    drawn = judge.images(pictures)
-    scores = {"clip_i": mean_score((drawn @ judge.images(real).T).mean(1).cpu())}
+    embeddings = clip.images(images)
+    scores = {"clip_i": mean_score((embeddings @ clip.images(real).T).mean(1).cpu())}
     if dino is not None:
-        looks = [F.normalize(dino(list(some)), dim=-1) for some in (pictures, real)]
-        scores["dino"] = mean_score((looks[0] @ looks[1].T).mean(1).cpu())
-    return scores | {"clip_t": mean_score((drawn * judge.texts(list(texts))).sum(-1).cpu())}
+        sampled_rows, real_rows = (F.normalize(dino(list(some)), dim=-1) for some in (images, real))
+        scores["dino"] = mean_score((sampled_rows @ real_rows.T).mean(1).cpu())
+    return scores | {"clip_t": mean_score((embeddings * clip.texts(list(texts))).sum(-1).cpu())}
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
-    """Subjects and their scores, and a last line with the means over subjects and their standard errors.
+    """Subjects and their scores, and a last row with the means over subjects and their standard errors.
 
     Args:
         rows: "subject" -> name, and score -> (value, error).

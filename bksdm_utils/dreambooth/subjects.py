@@ -1,4 +1,4 @@
-"""Subjects: what DreamBooth learns (notebook 05)."""
+"""Subjects: the storybook's characters, google/dreambooth's, or a folder of images (notebook 05)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,139 +20,121 @@ from ..files import NotAvailable, resolve
 from ..models.pipelines import Pipeline
 
 DATASET = "data/dreambooth/dataset"
-
-
-LIVE = ("cat", "dog")  # the living among google/dreambooth's classes, with prompts of their own
+LIVE = ("cat", "dog")  # google/dreambooth's classes that have the prompts for living subjects
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be learned.
-
-    Attributes:
-        word: what it is, "dog" or "stuffed animal".
-        pictures: a handful, by the caption each is learned with; {} stands for "identifier word" here and below.
-        templates: prompts to draw it by.
-        class_prompts: what the model draws of the class, for prior preservation; used in turn.
-        skipped: (file, reason) of pictures that could not be read.
-    """
+    """What a model is to learn; {} in captions and templates stands for "identifier class_word"."""
 
     name: str
-    word: str
-    pictures: tuple[tuple[str, Image.Image], ...]
-    templates: tuple[str, ...]
-    class_prompts: tuple[str, ...]
-    skipped: Skipped
-
-    @property
-    def real(self) -> list[Image.Image]:
-        """The pictures alone."""
-        return [picture for _, picture in self.pictures]
+    class_word: str  # "dog" or "stuffed animal"
+    images: tuple[Image.Image, ...]  # 3 to 10
+    image_captions: tuple[str, ...]
+    templates: tuple[str, ...]  # of the evaluation's prompts
+    class_prompts: tuple[str, ...]  # for prior preservation, used in turn
+    skipped: Skipped  # (file, reason) of images that could not be read
 
     def captions(self, identifier: str) -> list[str]:
-        """What each picture is learned with."""
-        return [caption.format(f"{identifier} {self.word}") for caption, _ in self.pictures]
+        """The caption that each image is trained with."""
+        return [caption.format(f"{identifier} {self.class_word}") for caption in self.image_captions]
 
     def prompts(self, identifier: str, num_images: int) -> list[Prompt]:
-        """Every template, `num_images` times, for the sampler."""
-        words = f"{identifier} {self.word}"
-        return [Prompt(f"{i:02}-{k}", text.format(words)) for i, text in enumerate(self.templates)
-                for k in range(num_images)]  # fmt: skip
+        """Every template, `num_images` times."""
+        words = f"{identifier} {self.class_word}"
+        texts = [template.format(words) for template in self.templates]
+        return [Prompt(f"{i:02}-{k}", text) for i, text in enumerate(texts) for k in range(num_images)]
 
     def plain_texts(self, num_images: int) -> list[str]:
-        """The same prompts without the identifier, which no CLIP knows."""
-        return [text.format(self.word) for text in self.templates for _ in range(num_images)]
+        """The same prompts without the identifier, which no CLIP model knows."""
+        return [text.format(self.class_word) for text in self.templates for _ in range(num_images)]
 
     @property
     def key(self) -> str:
-        """A hash of word, captions and pictures."""
-        return _images_hash([*self.pictures, (self.word, Image.new("RGB", (1, 1)))])
+        """A hash of class word, captions and images."""
+        return images_hash(zip((f"{self.class_word}: {c}" for c in self.image_captions), self.images, strict=True))
+
+
+def images_hash(captioned: Iterable[tuple[str, Image.Image]]) -> str:
+    """A hash of (caption, image) pairs."""
+    digest = hashlib.sha256()
+    for caption, image in captioned:
+        digest.update(caption.encode() + image.convert("RGB").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_subject(
-    place: str, word: str | None = None, dataset: str | Path = DATASET, live: bool | None = None
+    subject: str, class_word: str | None = None, dataset_dir: str | Path = DATASET, live: bool | None = None
 ) -> Subject:
-    """A subject by name, of google/dreambooth or of the storybook, or any folder with 3 to 10 pictures.
+    """A subject of the storybook or of google/dreambooth by name, or any folder of 3 to 10 images.
 
     Args:
-        word: the class, for a folder that is none of google/dreambooth's.
-        live: draw it by the prompts for the living, or by those for things; None decides by the class.
+        class_word: what a folder shows; google/dreambooth's subjects have theirs.
+        live: whether the prompts are those for living subjects; None decides by the class.
 
     Raises:
-        Missing: it may be one of google/dreambooth's, which is not here.
-        ValueError: there is no such subject, no readable picture, or the class of a folder is not said.
+        NotAvailable: it may be one of google/dreambooth's, which is not downloaded.
+        ValueError: no such subject, no readable image, or a folder without a class word.
     """
-    if place in SUBJECTS:
-        return storybook_subject(place)
-    folder = Path(resolve(place))
+    if subject in SUBJECTS:
+        return _storybook_subject(subject)
+    folder = Path(resolve(subject))
+    folder = folder if folder.is_dir() else Path(resolve(dataset_dir)) / subject
+    classes = _dreambooth_classes(folder.parent)
     if not folder.is_dir():
-        folder = Path(resolve(dataset)) / place
-    if not folder.is_dir():
-        fetched = (Path(resolve(dataset)) / "prompts_and_classes.txt").is_file()
-        kind = NotAvailable if re.fullmatch(r"\w+", place) and not fetched else ValueError
-        raise kind(
-            f"no subject {place!r}: expected {', '.join(SUBJECTS)}, a folder of pictures, or a "
-            f"name of google/dreambooth's in {dataset} (python -m bksdm_utils.data.downloads dreambooth)"
-        )
-    known = _dreambooth_words(folder.parent / "prompts_and_classes.txt")
-    word = word or known.get(folder.name)
-    if not word:
-        raise ValueError(f"what is in {folder}? Say it by class_word, such as dog")
-    pictures, skipped = _open_all(folder)
-    templates = dreambooth_templates(word.lower() in LIVE if live is None else live)
-    return Subject(folder.name, word, tuple(("a {}", picture) for picture in pictures), templates, (f"a {word}",),
-                   skipped)  # fmt: skip
+        kind = NotAvailable if re.fullmatch(r"\w+", subject) and not classes else ValueError
+        raise kind(f"no subject {subject!r}: expected {', '.join(SUBJECTS)}, a folder of images, or one of "
+                   f"google/dreambooth's in {dataset_dir} (python -m bksdm_utils download dreambooth)")  # fmt: skip
+    if not (class_word := class_word or classes.get(folder.name)):
+        raise ValueError(f"class_word is None: expected what {folder} shows, such as dog")
+    images, skipped = _open_images(folder)
+    templates = dreambooth_templates(class_word.lower() in LIVE if live is None else live)
+    return Subject(folder.name, class_word, images, ("a {}",) * len(images), templates, (f"a {class_word}",), skipped)
 
 
-def storybook_subject(name: str, num_pictures: int = 5) -> Subject:
-    """One of storybook's characters, in as many places; the sixth place is new to it.
-
-    In that world captions always say where: so do those of these pictures, and the class is drawn in all its colours.
-    """
-    word, _ = SUBJECTS[name]
-    places = PLACES[:num_pictures]
-    pictures = tuple((f"a {{}} {place}", render_subject(name, place, i)) for i, place in enumerate(places))
-    templates = [f"a {{}} {place}" for place in PLACES]
-    templates += ["a big {} in the snow", "a big {} at night"]
+def _storybook_subject(name: str) -> Subject:
+    """A storybook character in five places; the sixth is new to it. As everywhere in that world, captions name them."""
+    class_word, _ = SUBJECTS[name]
+    images = tuple(render_subject(name, place, i) for i, place in enumerate(PLACES[:5]))
+    templates = (*(f"a {{}} {place}" for place in PLACES), "a big {} in the snow", "a big {} at night")
     looks = itertools.product(PLACES, COLOURS, SIZES)
-    things = [f"a {size} {colour} {word} {place}" for place, colour, size in looks]
-    random.Random(0).shuffle(things)
-    return Subject(name, word, pictures, tuple(templates), tuple(things), [])
+    prompts = [f"a {size} {colour} {class_word} {place}" for place, colour, size in looks]
+    random.Random(0).shuffle(prompts)
+    return Subject(name, class_word, images, templates[:5], templates, tuple(prompts), [])
 
 
-def _open_all(folder: Path) -> tuple[list[Image.Image], Skipped]:
-    pictures, skipped = [], []
+def _open_images(folder: Path) -> tuple[tuple[Image.Image, ...], Skipped]:
+    images, skipped = [], []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
-            pictures.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
         except Exception as error:  # Pillow raises many kinds for a broken file
-            skipped.append((path.name, f"unreadable picture: {error}"))
-    if not pictures:
-        told = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
-        raise ValueError(f"{folder} has no readable picture: expected 3 to 10 of the subject ({told})")
-    if not 3 <= len(pictures) <= 10:
-        print(f"{folder.name}: {len(pictures)} pictures; DreamBooth is made for 3 to 10")
-    return pictures, skipped
+            skipped.append((path.name, f"unreadable image: {error}"))
+    if not images:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
+        raise ValueError(f"{folder} has no readable image: expected 3 to 10 of the subject ({reasons})")
+    if not 3 <= len(images) <= 10:
+        print(f"{folder.name}: {len(images)} images; DreamBooth is made for 3 to 10")
+    return tuple(images), skipped
 
 
-def _dreambooth_words(path: Path) -> dict[str, str]:
-    """Subject -> class, of google/dreambooth's prompts_and_classes.txt; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    lines = re.findall(r"^(\w+),([\w ]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: word for name, word in lines if name != "subject_name"}
+def _dreambooth_classes(dataset_dir: Path) -> dict[str, str]:
+    """Subject -> class word, of google/dreambooth's prompts_and_classes.txt; empty without that file."""
+    path = dataset_dir / "prompts_and_classes.txt"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = re.findall(r"^(\w+),([\w ]+)$", text, re.MULTILINE)
+    return {name: class_word for name, class_word in lines if name != "subject_name"}
 
 
-def dreambooth_subjects(dataset: str | Path = DATASET) -> list[str]:
+def dreambooth_subjects(dataset_dir: str | Path = DATASET) -> list[str]:
     """The names of google/dreambooth's thirty subjects.
 
     Raises:
-        Missing: the data set is not there.
+        NotAvailable: the data set is not downloaded.
     """
-    found = _dreambooth_words(Path(resolve(dataset)) / "prompts_and_classes.txt")
-    if not found:
-        raise NotAvailable(f"{dataset} has no prompts_and_classes.txt: python -m bksdm_utils.data.downloads dreambooth")
-    return list(found)
+    if classes := _dreambooth_classes(Path(resolve(dataset_dir))):
+        return list(classes)
+    raise NotAvailable(f"{dataset_dir} has no prompts_and_classes.txt: python -m bksdm_utils download dreambooth")
 
 
 _PLACES = (
@@ -160,77 +142,52 @@ _PLACES = (
     "on top of a wooden floor", "with a city in the background", "with a mountain in the background",
     "with a blue house in the background", "on top of a purple rug in a forest",
 )  # fmt: skip
-
-
 _OBJECT = (
     "with a wheat field in the background", "with a tree and autumn leaves in the background",
     "with the Eiffel Tower in the background", "floating on top of water", "floating in an ocean of milk",
     "on top of green grass with sunflowers around it", "on top of a mirror",
     "on top of the sidewalk in a crowded street", "on top of a dirt road", "on top of a white rug",
 )  # fmt: skip
-
-
 _LIVE = (
     "wearing a red hat", "wearing a santa hat", "wearing a rainbow scarf", "wearing a black top hat and a monocle",
     "in a chef outfit", "in a firefighter outfit", "in a police outfit", "wearing pink glasses",
     "wearing a yellow shirt", "in a purple wizard outfit",
 )  # fmt: skip
-
-
 _LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
 
 
 def dreambooth_templates(live: bool) -> tuple[str, ...]:
-    """The 25 prompts of the DreamBooth paper, for the living or for things."""
-    places = (*_PLACES, *(_LIVE if live else _OBJECT))
-    return tuple(f"a {{}} {place}" for place in places) + tuple(f"a {look} {{}}" for look in _LOOKS)
-
-
-def check_words(pipeline: Pipeline, identifier: str, subject: Subject) -> None:
-    """Says how the tokenizer takes the identifier and the class.
-
-    Raises:
-        ValueError: the identifier is empty or a word of the class's prompts, or captions would be cut off.
-    """
-    if not identifier.strip():
-        raise ValueError("identifier is empty: expected a rare word, such as sks")
-    used = {word.lower() for prompt in (subject.word, *subject.class_prompts) for word in prompt.split()}
-    if taken := set(identifier.lower().split()) & used:
-        raise ValueError(f"the identifier {identifier!r} is no word of its own: prompts of the class {subject.word!r} "
-                         f"have {', '.join(sorted(taken))} already, so the subject could not be told from others of "
-                         "its kind. Use a rare word, such as sks")  # fmt: skip
-    tokenize, room = pipeline.tokenizer.tokenize, pipeline.tokenizer.model_max_length - 2
-    longest = max(subject.captions(identifier), key=lambda text: len(tokenize(text)))
-    if len(tokenize(longest)) > room:
-        raise ValueError(f"the tokenizer splits {longest!r} into {len(tokenize(longest))} tokens, {identifier!r} into "
-                         f"{len(tokenize(identifier))} and {subject.word!r} into {len(tokenize(subject.word))} of "
-                         f"them: the text encoder reads {room}. Use shorter words")  # fmt: skip
-    cut = [p.text for p in subject.prompts(identifier, 1) if len(tokenize(p.text)) > room]
-    if cut:
-        print(f"the text encoder reads {room} tokens: the ends of {len(cut)} prompts are cut off, such as {cut[0]!r}")
-    for name, text in (("identifier", identifier), ("class", subject.word)):
-        if len(tokens := tokenize(text)) > len(text.split()):
-            print(f"the {name} {text!r} is {len(tokens)} tokens ({' '.join(tokens)}), each known from elsewhere: words "
-                  "of one token each are learned more easily")  # fmt: skip
+    """The 25 prompts of the DreamBooth paper, for living subjects or for objects."""
+    scenes = (*_PLACES, *(_LIVE if live else _OBJECT))
+    return tuple(f"a {{}} {scene}" for scene in scenes) + tuple(f"a {look} {{}}" for look in _LOOKS)
 
 
 def class_prompts(subject: Subject, num_images: int) -> list[Prompt]:
-    """What the model draws of the subject's class before it is trained."""
+    """Prompts of the subject's class, for images that the model samples before it is trained."""
     texts = itertools.islice(itertools.cycle(subject.class_prompts), num_images)
     return [Prompt(f"class-{i}", text) for i, text in enumerate(texts)]
 
 
-def _images_hash(pictures: Sequence[tuple[str, Image.Image]]) -> str:
-    digest = hashlib.sha256()
-    for caption, picture in pictures:
-        digest.update(caption.encode() + picture.convert("RGB").tobytes())
-    return digest.hexdigest()[:16]
+def check_words(pipeline: Pipeline, identifier: str, subject: Subject) -> None:
+    """Checks identifier and class word against the tokenizer; prints what the text encoder cannot read well.
 
-
-def main() -> None:
-    """Prints the names of google/dreambooth's subjects, for a sweep of notebook 05 over all of them."""
-    print(",".join(dreambooth_subjects()))
-
-
-if __name__ == "__main__":  # run 05 -p preset sd-v1.4 -p subject $(python -m bksdm_utils.dreambooth.subjects)
-    main()
+    Raises:
+        ValueError: the identifier is empty or a word of the class's prompts, or a caption would be cut off.
+    """
+    class_words = {word.lower() for prompt in (subject.class_word, *subject.class_prompts) for word in prompt.split()}
+    taken = sorted(set(identifier.lower().split()) & class_words)
+    if taken or not identifier.strip():
+        reason = f"prompts of the class {subject.class_word!r} have {', '.join(taken)}" if taken else "it is empty"
+        raise ValueError(f"identifier is {identifier!r}: {reason}. Use a rare word, such as sks")
+    tokenize, limit = pipeline.tokenizer.tokenize, pipeline.tokenizer.model_max_length - 2
+    counts = {text: len(tokenize(text)) for text in subject.captions(identifier)}
+    longest = max(counts, key=counts.get)
+    if counts[longest] > limit:
+        raise ValueError(f"the tokenizer splits {longest!r} into {counts[longest]} tokens, the text encoder reads "
+                         f"{limit}: use a shorter identifier or class_word")  # fmt: skip
+    cut = [p.text for p in subject.prompts(identifier, 1) if len(tokenize(p.text)) > limit]
+    if cut:
+        print(f"the text encoder reads {limit} tokens: the ends of {len(cut)} prompts are cut off, such as {cut[0]!r}")
+    for name, text in (("identifier", identifier), ("class", subject.class_word)):
+        if len(tokens := tokenize(text)) > len(text.split()):
+            print(f"the {name} {text!r} is {len(tokens)} tokens ({' '.join(tokens)}): one-token words are learned best")
