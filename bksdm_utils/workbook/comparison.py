@@ -1,0 +1,199 @@
+"""Teacher, trained and untrained students on the same captions and noise: what notebook 04 compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ..config.evaluation import CocoEvaluation, FolderSampling, SampleFolder
+from ..core.surgery import build_student
+from ..costs.counting import count
+from ..costs.measuring import interleaved_latency
+from ..evaluation.evaluator import FEWEST, Evaluation, Evaluator, by_short_name, distance_to
+from ..evaluation.folders import delete_images, folder_of, image_path, sample_folder
+from ..evaluation.job import read_job_prompts, sample_in_processes
+from ..evaluation.metrics import Score
+from ..evaluation.prompts import Prompt
+from ..evaluation.sampling import image_seed
+from ..files import resolve
+from ..models.hashes import model_hash
+from ..models.pipelines import Pipeline, find_pipeline, load_unet, sampling_dtype, with_unet
+from .live import Gallery
+from .run import Run, folder_name, student_folder
+
+Table = dict[str, dict[str, Score]]  # model -> score -> value and error
+
+
+@dataclass
+class Comparison:
+    """Models that sample the same prompts from the same noise.
+
+    Attributes:
+        pipeline: the teacher's; None where its weights or the prompts are not available.
+        models: U-Nets by name, the teacher first.
+        paths: where the U-Nets of trained students were loaded from.
+        folders: folders of images by model, once `sample` has filled them.
+    """
+
+    run: Run
+    pipeline: Pipeline | None
+    prompts: list[Prompt]
+    models: dict[str, object] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    gallery: Gallery = field(default_factory=Gallery)
+
+    @property
+    def config(self) -> CocoEvaluation:
+        return self.run.config
+
+    @property
+    def students(self) -> list[str]:
+        """The names of the trained students."""
+        return list(self.paths)
+
+    def first_captions(self, number: int = 4) -> pd.DataFrame:
+        """Ids, captions and the seeds of their noise."""
+        rows = [(p.id, p.text, image_seed(self.run.seed, p.id)) for p in self.prompts[:number]]
+        return pd.DataFrame(rows, columns=["id", "caption", "seed"])
+
+    def check_numbers(self) -> None:
+        """Raises ValueError where there would be too few images to score."""
+        quick = self.config.num_guidance_images if self.config.guidances and self.students else FEWEST
+        for name, number in (("num_images", len(self.prompts)), ("num_guidance_images", quick)):
+            if self.models and number < FEWEST:
+                raise ValueError(f"{name} is {number}: scores need {FEWEST} images at least")
+
+    def sample(self) -> dict[str, Path]:
+        """Fills a folder of images for each model; what is complete is kept. Returns the folders."""
+        sampling = self.config.part(FolderSampling)
+        for name, unet in self.models.items():
+            model = with_unet(self.pipeline, unet)
+            key, label = model_hash(model), self._label(name)
+            folder = self.folders[name] = folder_of(self.config.images_dir, label, key, sampling)
+            if not self.config.resume:
+                delete_images(folder, self.prompts)
+            if self.config.num_processes:
+                progress = self._in_processes(name, folder)
+            else:
+                progress = sample_folder(model, self.prompts, folder, sampling, key)
+            for step in progress:
+                self.gallery.update(name, step)
+        return self.folders
+
+    def _label(self, name: str) -> str:
+        variant = None if name == "teacher" else self.run.variant  # one teacher serves all variants
+        return folder_name(folder_name(self.config.preset, variant), name)
+
+    def _in_processes(self, name: str, folder: Path):
+        path = self.paths.get(name)
+        if path is None and name != "teacher":  # untrained students have no folder yet
+            path = str(self.run.dir / name)
+            self.models[name].save_pretrained(path)
+        job = self.config.part(SampleFolder, unet=path, lora=None, output_dir=None)
+        return sample_in_processes(job, self.prompts, folder, self.config.num_processes)
+
+    def opened(self, name: str, prompts: Sequence[Prompt]) -> list[Image.Image]:
+        """One model's images of these prompts."""
+        return [Image.open(image_path(self.folders[name], prompt.id)) for prompt in prompts]
+
+    def prompts_of(self, ids: Sequence[str]) -> list[Prompt]:
+        """Prompts by their ids."""
+        by_id = {prompt.id: prompt for prompt in self.prompts}
+        return [by_id[id] for id in ids]
+
+    def scores(self, evaluations: Mapping[str, Evaluation]) -> Table:
+        """Every model's scores, and how far its images are from the teacher's."""
+        table = {name: dict(evaluation.scores) for name, evaluation in evaluations.items()}
+        for name in table:
+            if name != "teacher":
+                distance = distance_to(self.folders["teacher"], self.folders[name], self.prompts)
+                table[name]["distance to teacher"] = distance
+            for id, reason in evaluations[name].skipped[:5]:
+                print(f"{name}: set aside {id}: {reason}")
+        return table
+
+    def protocol_line(self, evaluations: Mapping[str, Evaluation]) -> str:
+        """Protocol, numbers of images, and what they allow to be said."""
+        numbers = ", ".join(f"{e.num_images:,} of {name}" for name, e in evaluations.items())
+        return f"protocol {self.config.protocol}; images: {numbers}. {evaluations['teacher'].warning}"
+
+    def fid_by_number(self, evaluator: Evaluator) -> dict[str, dict[int, Score]]:
+        """FID of random subsets of a quarter, a half … of the images, by model."""
+        numbers = np.linspace(len(self.prompts) / 4, len(self.prompts), 4)
+        counts = sorted({int(n) for n in numbers if n >= FEWEST})
+        chosen = ("teacher", *self.students)
+        return {name: evaluator.fid_by_number(self.folders[name], self.prompts, counts) for name in chosen}
+
+    def by_guidance(self, evaluator: Evaluator) -> dict[float, dict[str, Score]]:
+        """Scores of the first trained student at each guidance scale, of few images in few steps."""
+        prompts, label = self.prompts[: self.config.num_guidance_images], self._label("guidance")
+        model = with_unet(self.pipeline, self.models[self.students[0]])
+        key, found = model_hash(model), {}
+        for scale in self.config.guidances:
+            # Ten steps of DPM-Solver++ are as good here as 25 of PNDM.
+            sampling = self.config.part(FolderSampling, guidance_scale=scale, num_inference_steps=10, scheduler="dpm++")
+            folder = folder_of(self.config.images_dir, label, key, sampling)
+            for progress in sample_folder(model, prompts, folder, sampling, key):
+                self.gallery.update(f"guidance {scale:g}", progress)
+            found[scale] = evaluator.evaluate(folder, prompts).scores
+        return found
+
+    def write_csv(self, path: Path, table: Table, evaluations: Mapping[str, Evaluation]) -> None:
+        """Every score with its error, protocol, number of images and the hash of what it was computed on."""
+        rows = [{"model": name, "score": score, "value": s.value, "error": s.error, "protocol": evaluations[name].protocol,
+                 "images": evaluations[name].num_images, "key": evaluations[name].key}
+                for name, row in table.items() for score, s in row.items()]  # fmt: skip
+        pd.DataFrame(rows).to_csv(path, index=False)
+
+    def metrics(self, table: Table, evaluations: Mapping, by_number: Mapping, by_guidance: Mapping) -> dict:
+        """What result.json keeps."""
+        latency = interleaved_latency(self.models, repeats=5) if self.models else {}
+        unets = {name: {"params": sum(p.numel() for p in unet.parameters()), "macs": count(unet).macs,
+                        "latency": latency[name].median} for name, unet in self.models.items()}  # fmt: skip
+        images = {name: {"key": e.key, "scored": e.num_images, "skipped": len(e.skipped),
+                         "folder": self.folders[name].name} for name, e in evaluations.items()}  # fmt: skip
+        return {
+            "protocol": self.config.protocol, "num_images": len(self.prompts) if evaluations else 0,
+            "scores": _plain(table), "images": images,
+            "students": {name: resolve(path) for name, path in self.paths.items()}, "unets": unets,
+            "steps": self.config.num_inference_steps, "guidance": self.config.guidance_scale,
+            "fid_by_number": _plain(by_number), "by_guidance": _plain(by_guidance),
+        }  # fmt: skip
+
+
+def _plain(table: Mapping) -> dict:
+    return {row: {column: list(score) for column, score in scores.items()} for row, scores in table.items()}
+
+
+def load_models(run: Run) -> Comparison:
+    """The prompts, the teacher, the trained students, and where they are wanted two untrained ones."""
+    config = run.config
+    prompts = run.if_available(read_job_prompts, config.part(SampleFolder)) or []
+    pipeline = find_pipeline(config.teacher, run.device, sampling_dtype(run.device)) if prompts else None
+    comparison = Comparison(run, pipeline, prompts)
+    if pipeline is None:
+        return comparison
+    comparison.models["teacher"] = pipeline.unet
+    for name, path in _students(run).items():
+        comparison.models[name], comparison.paths[name] = load_unet(path, pipeline), path
+    if config.untrained:
+        comparison.models["copied"] = build_student(pipeline.unet, run.plan).eval()
+        comparison.models["random"] = build_student(pipeline.unet, run.plan, copy=False).eval()
+    return comparison
+
+
+def _students(run: Run) -> dict[str, str]:
+    """The trained students' U-Nets by name: those that were named, or notebook 03's of this variant."""
+    if run.config.students:
+        return by_short_name(run.config.students)
+    folder = student_folder(run.config)
+    if folder.is_dir():
+        return {run.variant: str(folder)}
+    print(f"no student in {folder.parent.name}: run notebook 03 first, or name one by `students`")
+    return {}
