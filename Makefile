@@ -6,11 +6,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup workbook test results bench lab lint requirements clean
+.PHONY: help setup workbook test test-all test-nightly results bench lab lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: .venv/ready ## make .venv with the pinned packages and this one
 
@@ -21,15 +21,21 @@ setup: .venv/ready ## make .venv with the pinned packages and this one
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-workbook: .venv/ready ## run all notebooks on the storybook preset; results, pictures and .html go to outputs/
-	$(BIN)/python -m bksdm_utils.workbook.headless all
+workbook: .venv/ready ## run all notebooks on the storybook preset; results, images and pages go to outputs/index.html
+	$(BIN)/python -m bksdm_utils run all
 
-test: .venv/ready ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/ready ## the quick tests, about five minutes on two idle cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not nightly" --durations 5
+
+test-all: .venv/ready ## the slow tests too, without the nightly ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not nightly" --durations 20
+
+test-nightly: .venv/ready ## what needs a second environment or very long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m nightly --durations 20
 
 results: .venv/ready ## the README's table: all three students with three seeds each, about an hour on two cores
-	$(BIN)/python -m bksdm_utils.workbook.headless 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
-	$(BIN)/python -m bksdm_utils.workbook.headless 07 -p readme README.md
+	$(BIN)/python -m bksdm_utils run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
+	$(BIN)/python -m bksdm_utils run 07 -p readme README.md
 
 bench: .venv/ready ## speed of distillation, sampling and scoring beside plain loops, as ratios, in about a quarter of an hour
 	$(BIN)/python benchmarks/kd.py
@@ -38,8 +44,8 @@ bench: .venv/ready ## speed of distillation, sampling and scoring beside plain l
 lab: .venv/ready ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-lint: .venv/ready ## check the style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils benchmarks tests
+lint: .venv/ready ## check the style, and that imports go downwards
+	$(BIN)/ruff check . && $(BIN)/ruff format --check bksdm_utils benchmarks tests && $(BIN)/lint-imports
 
 requirements: .venv/ready ## compile requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --quiet \
