@@ -21,13 +21,13 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.config.shared import Teacher
 from bksdm_utils.data.scenes import sample_scene
 from bksdm_utils.models.configs import teacher_config
 from bksdm_utils.storybook.networks import SCHEDULE, new_tokenizer
 from bksdm_utils.training.latents import LatentDataset
 
-SD_V1, SD_V2, SDXL = (teacher_config(PRESETS[name]) for name in ("sd-v1.4", "sd-v2.1", "sdxl-base"))
+SD_V1, SD_V2, SDXL = (teacher_config(Teacher(preset=name)) for name in ("sd-v1.4", "sd-v2.1", "sdxl-base"))
 NARROW = SD_V1 | {
     "sample_size": 8, "block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "attention_head_dim": 2,
     "norm_num_groups": 4,

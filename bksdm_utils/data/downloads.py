@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -163,21 +162,18 @@ def _record(path: Path, part: Path) -> None:
     path.with_name(path.name + ".sha256").write_text(f"{_sha256(part)}  {path.name}\n", encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: fetches by name; the exit status is the number of those that failed, 2 for an unknown name."""
-    parser = argparse.ArgumentParser(prog="python -m bksdm_utils.data.downloads", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("names", nargs="+", choices=DOWNLOADS, metavar="name", help=f"one of {', '.join(DOWNLOADS)}")
-    failed = 0
-    for name in parser.parse_args(arguments).names:
+def download(names: Sequence[str]) -> int:
+    """Fetches downloads by name, and unpacks archives; prints each path or error.
+
+    Returns:
+        the number of downloads that failed.
+    """
+    failures = 0
+    for name in names:
         get = fetch_folder if DOWNLOADS[name].path.endswith(".tar.gz") else fetch
         try:
             print(f"{name}: {get(DOWNLOADS[name])}")
-        except Exception as error:  # the network's own errors are of many kinds; the files after it get their turn
+        except Exception as error:  # the network raises many kinds; the other downloads still get their turn
             print(f"{name}: FAILED: {error}", file=sys.stderr)
-            failed += 1
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            failures += 1
+    return failures

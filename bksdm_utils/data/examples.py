@@ -1,4 +1,4 @@
-"""Training images and their captions: storybook scenes, image-text folders, shards, data sets of the hub (notebook 03)."""
+"""Training images and their captions: storybook scenes, folders, shards, data sets of the hub (notebook 03)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config.presets import Preset
+from ..config.training import TrainingData
 from ..files import in_threads, resolve
 from . import rendering, scenes
 from .images import open_image
@@ -34,17 +34,17 @@ class Example:
 Skipped = list[tuple[str, str]]  # (name, reason) of what was set aside
 
 
-def load_examples(preset: Preset) -> tuple[list[Example], Skipped]:
+def load_examples(config: TrainingData) -> tuple[list[Example], Skipped]:
     """The training examples of a preset: scenes, an image-text folder, shards, or a data set of the hub.
 
     Raises:
         ValueError: there is no such folder or data set, it lacks the columns, or nothing in it is usable.
     """
-    if preset.train_data_dir is None:
-        return storybook_examples(preset.num_train_scenes), []
-    place = preset.train_data_dir
+    if config.train_data_dir is None:
+        return storybook_examples(config.num_train_scenes), []
+    place = config.train_data_dir
     could_be_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not Path(resolve(place)).exists()
-    return read_table(preset) if shard_files(place) or could_be_hub else read_folder(place)
+    return read_table(config) if shard_files(place) or could_be_hub else read_folder(place)
 
 
 def read_folder(folder: str | Path) -> tuple[list[Example], Skipped]:
@@ -119,7 +119,12 @@ def shard_files(place: str | Path) -> list[str]:
     return sorted(str(path) for path in found if path.suffix in SHARDS)
 
 
-def open_table(preset: Preset, streaming: bool):
+def columns(config: TrainingData) -> tuple[str, str]:
+    """The names of a table's columns of images and of captions."""
+    return config.image_column or "image", config.caption_column or "text"
+
+
+def open_table(config: TrainingData, streaming: bool):
     """Shards, or a data set of the hub by name, as HF `datasets` opens them; pictures stay undecoded bytes.
 
     Returns:
@@ -127,35 +132,36 @@ def open_table(preset: Preset, streaming: bool):
     """
     import datasets  # takes a second; storybook and folders need it not
 
-    files = shard_files(preset.train_data_dir)
-    kind = SHARDS[Path(files[0]).suffix] if files else str(preset.train_data_dir)
+    files = shard_files(config.train_data_dir)
+    kind = SHARDS[Path(files[0]).suffix] if files else str(config.train_data_dir)
     try:
         table = datasets.load_dataset(kind, data_files=files or None, split="train", streaming=streaming)
     except Exception as error:  # no such data set, no network, a broken shard: each has a class of its own
         raise ValueError(
-            f"{preset.train_data_dir} cannot be opened ({error}): expected a folder with a metadata.csv of file_name, "
+            f"{config.train_data_dir} cannot be opened ({error}): expected a folder with a metadata.csv of file_name, "
             "text; a folder or pattern of .parquet or .tar shards; or the name of a data set on the Hugging Face hub "
             "(which needs a network). LAION's folders come by python -m bksdm_utils.data.downloads laion_aes_212k"
         ) from error
-    needed = [preset.image_column, preset.caption_column]
+    needed = list(columns(config))
     missing = set(needed) - set(table.column_names or needed)
     if missing:
-        raise ValueError(f"{preset.train_data_dir} has the columns {', '.join(table.column_names)}: it lacks "
+        raise ValueError(f"{config.train_data_dir} has the columns {', '.join(table.column_names)}: it lacks "
                          f"{', '.join(sorted(missing))}; name others by image_column and caption_column")  # fmt: skip
-    return table.select_columns(needed).cast_column(preset.image_column, datasets.Image(decode=False))
+    return table.select_columns(needed).cast_column(needed[0], datasets.Image(decode=False))
 
 
-def read_table(preset: Preset) -> tuple[list[Example], Skipped]:
+def read_table(config: TrainingData) -> tuple[list[Example], Skipped]:
     """A whole table of pictures and captions, which `datasets` keeps on disk, as `load_examples` gives it."""
-    table, examples, skipped = open_table(preset, streaming=False), [], []
-    for i, value in enumerate(table[preset.caption_column]):
+    table, examples, skipped = open_table(config, streaming=False), [], []
+    image, caption = columns(config)
+    for i, value in enumerate(table[caption]):
         try:
-            open_ = lambda i=i: open_image(table[i][preset.image_column])  # noqa: E731
+            open_ = lambda i=i: open_image(table[i][image])  # noqa: E731
             examples.append(Example(f"row {i}", captions_of(value), open_, f"{table._fingerprint}-{i}"))
         except ValueError as error:
             skipped.append((f"row {i}", str(error)))
     if not examples:
-        raise ValueError(f"{preset.train_data_dir}: none of {len(table)} rows is usable (first: {skipped[:1]})")
+        raise ValueError(f"{config.train_data_dir}: none of {len(table)} rows is usable (first: {skipped[:1]})")
     return examples, skipped
 
 

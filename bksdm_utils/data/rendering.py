@@ -1,4 +1,4 @@
-"""The renderer of the storybook world: scenes to small paper cut-outs, drawn at four times their size and downsampled."""
+"""The renderer of the storybook world: scenes to small paper cut-outs, drawn at four times their size (notebook 00)."""
 
 from __future__ import annotations
 

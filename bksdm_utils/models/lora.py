@@ -1,4 +1,4 @@
-"""Loading LoRAs."""
+"""Loading LoRAs (notebooks 05, 06)."""
 
 from __future__ import annotations
 
@@ -10,53 +10,48 @@ from safetensors import safe_open
 
 from ..files import resolve
 from .hashes import architecture_hash, model_hash
+from .loading import named_errors
 from .pipelines import Pipeline, own_copy
 
 LORA_BASE = "bksdm_base"  # entry of a LoRA file's metadata: architecture_hash of the U-Net it was trained on
 
 
-def load_lora(pipeline: Pipeline, place: str | Path, parts: Sequence[str] = ()) -> Pipeline:
-    """A pipeline with a LoRA, as diffusers' `save_lora_weights` writes it, merged into weights of its own.
-
-    The pipeline that is given stays as it is.
+def load_lora(pipeline: Pipeline, path: str | Path, parts: Sequence[str] = ()) -> Pipeline:
+    """A copy of `pipeline` with a LoRA, as diffusers' `save_lora_weights` writes it, merged into its weights.
 
     Args:
-        parts: networks that it must change, of unet and text_encoder.
+        parts: networks that the LoRA must change, of unet and text_encoder.
 
     Raises:
-        ValueError: there is none, it lacks one of `parts`, or it was trained on another model.
+        NotAvailable: a hub id that is neither on this machine nor could be fetched.
+        ValueError: the path holds no LoRA, one without some of `parts`, or one of another base model.
     """
     before, pipeline = model_hash(pipeline), own_copy(pipeline)
-    try:
-        told = _lora_tensors(pipeline, place)
-        pipeline.load_lora_weights(resolve(place))
-    except Exception as error:  # as in load_pipeline; a LoRA of another base fails by shape or by name
-        raise ValueError(f"the LoRA {str(place)!r} could not be loaded ({' '.join(str(error).split())}): expected what "
-                         "save_lora_weights of diffusers writes, for this base model") from error  # fmt: skip
-    adapted = pipeline.get_list_adapters()
-    lacking = [part for part in parts if part not in adapted]
-    if lacking:
-        raise ValueError(f"the LoRA {str(place)!r} has nothing for {', '.join(lacking)}, only for "
-                         f"{', '.join(adapted) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip
-    taken = sum(len(get_peft_model_state_dict(getattr(pipeline, part), adapter_name=names[0]))
-                for part, names in adapted.items())  # fmt: skip
-    if taken < told:  # layers that the model does not have diffusers passes over in silence
-        raise ValueError(f"the LoRA {str(place)!r} was trained on another model: {told - taken} of its {told} tensors "
+    with named_errors("the LoRA", path, "what save_lora_weights of diffusers writes, for this base model"):
+        size = _num_tensors(pipeline, resolve(path))
+        pipeline.load_lora_weights(resolve(path))
+    adapters = pipeline.get_list_adapters()
+    if lacking := [part for part in parts if part not in adapters]:
+        raise ValueError(f"the LoRA {str(path)!r} has nothing for {', '.join(lacking)}, only for "
+                         f"{', '.join(adapters) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip
+    loaded = sum(len(get_peft_model_state_dict(getattr(pipeline, part), adapter_name=names[0]))
+                 for part, names in adapters.items())  # fmt: skip
+    if loaded < size:  # diffusers skips unknown layers without an error
+        raise ValueError(f"the LoRA {str(path)!r} was trained on another model: {size - loaded} of its {size} tensors "
                          "belong to layers that this one does not have")  # fmt: skip
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     if model_hash(pipeline) == before:
-        raise ValueError(f"the LoRA {str(place)!r} changes no weight of this pipeline: expected diffusers' LoRA format")
+        raise ValueError(f"the LoRA {str(path)!r} changes no weight of this pipeline: expected diffusers' LoRA format")
     return pipeline
 
 
-def _lora_tensors(pipeline: Pipeline, place: str | Path) -> int:
-    """How many tensors a LoRA has; ValueError where it names another architecture as its base."""
-    file = Path(resolve(place))
-    file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
+def _num_tensors(pipeline: Pipeline, path: str) -> int:
+    """The number of tensors in a LoRA; ValueError where its metadata name another architecture as its base."""
+    file = Path(path) / "pytorch_lora_weights.safetensors" if Path(path).is_dir() else Path(path)
     if file.is_file():
         with safe_open(file, "pt") as opened:
             base = (opened.metadata() or {}).get(LORA_BASE)
         if base not in (None, architecture_hash(pipeline.unet)):
-            raise ValueError("its file says that it was trained on a U-Net of another architecture")
-    return len(pipeline.lora_state_dict(resolve(place))[0])
+            raise ValueError("its metadata say that it was trained on a U-Net of another architecture")
+    return len(pipeline.lora_state_dict(path)[0])

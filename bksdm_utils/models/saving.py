@@ -1,4 +1,4 @@
-"""Saving models, completely or not at all."""
+"""Saving models, completely or not at all, and the weights of checkpoints (notebooks 03, 05, 06)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,6 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
 
-def _save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Exact weights: a plain diffusers folder in one file where the model is one of diffusers'."""
-    if isinstance(model, ModelMixin):
-        model.save_pretrained(folder, max_shard_size="1TB")
-        return
-    folder.mkdir()
-    save_file(_trained(model), folder / "model.safetensors")
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint must hold: all of one of diffusers' models, of others what is trained and their buffers."""
-    if isinstance(model, ModelMixin):
-        return model.state_dict()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: t.contiguous() for name, t in model.state_dict().items() if name not in frozen}
-
-
-def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next(folder.glob("*.safetensors")))
-
-
 def save_model(model, folder: Path) -> None:
     """`model.save_pretrained(folder)`, under a temporary name until it is complete."""
     part = folder.with_name(folder.name + ".part")
@@ -39,3 +18,25 @@ def save_model(model, folder: Path) -> None:
     model.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint must hold: the whole state of a diffusers model, of others trained parameters and buffers."""
+    if isinstance(model, ModelMixin):
+        return model.state_dict()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def save_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Writes `trained_state`: a diffusers model as its plain folder with one file of weights."""
+    if isinstance(model, ModelMixin):
+        model.save_pretrained(folder, max_shard_size="1TB")
+    else:
+        folder.mkdir()
+        save_file(trained_state(model), folder / "model.safetensors")
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that `save_weights` wrote."""
+    return load_file(next(folder.glob("*.safetensors")))

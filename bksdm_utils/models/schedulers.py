@@ -1,4 +1,4 @@
-"""Schedulers by name, on a teacher's own noise schedule."""
+"""Schedulers by name, on a teacher's own noise schedule (notebooks 04 to 06)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
     if name is None:
         return pipeline
     if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}")
-    kind, changes = SCHEDULERS[name]
+        raise ValueError(f"scheduler is {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    cls, changes = SCHEDULERS[name]
     changed = with_unet(pipeline, pipeline.unet)
-    changed.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **changes)
+    changed.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **changes)
     return changed

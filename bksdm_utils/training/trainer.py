@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from ..config.training import TrainingConfig, divisors
 from ..files import check_disk, folder_lock, write_json
-from ..models.saving import _load_weights, _save_weights, _trained, save_model
+from ..models.saving import load_weights, save_model, save_weights, trained_state
 from .rng import BatchRng
 
 
@@ -296,7 +296,7 @@ class Trainer:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint: raw weights, averaged weights if any, the optimizer's state."""
-        weights = sum(t.numel() * t.element_size() for t in _trained(self.model).values())
+        weights = sum(t.numel() * t.element_size() for t in trained_state(self.model).values())
         return (2 if self.config.ema_decay else 1) * weights + self.training_bytes()["optimizer"]
 
     def track(self, values: Mapping[str, float]) -> None:
@@ -356,10 +356,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # a process that ends would have its launcher kill the one that writes
 
     def _write(self, folder: Path) -> None:
-        _save_weights(self.model, folder / self.name)
+        save_weights(self.model, folder / self.name)
         if self.config.ema_decay:
             with self.ema_weights() as model:
-                _save_weights(model, folder / f"{self.name}_ema")
+                save_weights(model, folder / f"{self.name}_ema")
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16's
         torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
         about = {"step": self.step, "ema_steps": self.ema.optimization_step, "scores": self.scores}
@@ -387,8 +387,8 @@ class Trainer:
             return
         try:
             about = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-            weights = _load_weights(folder / self.name)
-            averaged = _load_weights(folder / f"{self.name}_ema") if self.config.ema_decay else {}
+            weights = load_weights(folder / self.name)
+            averaged = load_weights(folder / f"{self.name}_ema") if self.config.ema_decay else {}
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # cut off, not a checkpoint, not readable: each library raises its own kinds
             raise ValueError(
@@ -397,7 +397,7 @@ class Trainer:
             ) from error
         self._check_same_run(folder, about)
         lost = self.model.load_state_dict(weights, strict=False)
-        absent = set(lost.missing_keys) & set(_trained(self.model))
+        absent = set(lost.missing_keys) & set(trained_state(self.model))
         if absent or lost.unexpected_keys:
             raise ValueError(f"{folder} is of another model: it lacks {sorted(absent)[:3]}, it has "
                              f"{lost.unexpected_keys[:3]} more. Use another output_dir, or resume=False")  # fmt: skip
