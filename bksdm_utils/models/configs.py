@@ -18,8 +18,7 @@ def model_config(path: str | Path, part: str = "unet") -> dict:
         part: unet, vae, text_encoder, text_encoder_2 or scheduler.
 
     Raises:
-        NotAvailable: a hub id whose config could not be fetched.
-        ValueError: the path has no such config, or it is not JSON.
+        NotAvailable, ValueError: as `loading.named_errors`.
     """
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     folder = Path(resolve(path))

@@ -11,8 +11,6 @@ from diffusers import UNet2DConditionModel
 
 from .pipelines import PARTS, Pipeline
 
-_NOT_COMPUTED_WITH = ("transformers_version", "dtype", "torch_dtype", "architectures")
-
 
 def architecture_hash(unet: UNet2DConditionModel) -> str:
     """A hash of the names and shapes of a U-Net's parameters; the same in every precision."""
@@ -35,9 +33,9 @@ def _settings(part: object) -> list:
     if hasattr(part, "get_vocab"):
         return [sorted(part.get_vocab().items()), part.model_max_length]
     config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-    # Names with _ say where a config came from, one of them as a list whose order differs between processes.
-    kept = {name: value for name, value in config.items() if name[0] != "_" and name not in _NOT_COMPUTED_WITH}
-    return [type(part).__name__, kept]
+    origin = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    # Names with _ are of its origin too, one of them a list whose order differs between processes.
+    return [type(part).__name__, {n: value for n, value in config.items() if n[0] != "_" and n not in origin}]
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], metadata: str = "") -> str:

@@ -6,11 +6,9 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ..files import NotAvailable, is_hub_id, resolve
-
-Model = TypeVar("Model")
 
 
 @contextmanager
@@ -24,23 +22,17 @@ def named_errors(what: str, path: str | Path, expected: str = "a save_pretrained
     try:
         yield
     except Exception as error:  # these libraries raise many kinds
-        reason = (
-            f"{what} {str(path)!r} could not be loaded ({type(error).__name__}: {textwrap.shorten(str(error), 400)})"
-        )
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
+        message = f"{what} {str(path)!r} could not be loaded ({reason})"
         if is_hub_id(path):
-            raise NotAvailable(f"{reason}. With a network: hf download {path}") from error
-        raise ValueError(f"{reason}: expected {expected}, or a hub id") from error
+            raise NotAvailable(f"{message}. With a network: hf download {path}") from error
+        raise ValueError(f"{message}: expected {expected}, or a hub id") from error
 
 
-def load(cls: type[Model], path: str | Path, **kwargs) -> Model:
-    """`cls.from_pretrained(path, **kwargs)` of a diffusers or transformers class, without progress bars and hints.
+def load(cls: type, path: str | Path, **kwargs) -> Any:
+    """`cls.from_pretrained` of a diffusers or transformers class, without progress bars and hints.
 
-    Args:
-        path: a folder, absolute or relative to the working directory or the repository; or a hub id.
-        kwargs: for `from_pretrained`; `local_files_only=True` fetches nothing.
-
-    Raises:
-        NotAvailable, ValueError: as `named_errors`.
+    With `local_files_only=True` nothing is fetched. Raises as `named_errors`.
     """
     import diffusers
     import transformers

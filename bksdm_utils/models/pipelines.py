@@ -13,12 +13,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from ..files import NotAvailable, resolve
 from .loading import load, named_errors
 
-PARTS = {
-    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
-    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
-                                  "scheduler"),
-}  # fmt: skip
-
+SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = {"StableDiffusionPipeline": SD_PARTS, "StableDiffusionXLPipeline": SDXL_PARTS}
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
@@ -26,8 +23,7 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     """A Stable Diffusion or SDXL pipeline from a diffusers folder or hub id, without a safety checker.
 
     Raises:
-        NotAvailable: a hub id that is neither on this machine nor could be fetched.
-        ValueError: the folder is missing, incomplete or no Stable Diffusion.
+        NotAvailable, ValueError: as `loading.named_errors`.
     """
     if (path := Path(resolve(teacher))).is_dir():
         with named_errors("the pipeline", teacher):
@@ -47,7 +43,7 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
 def _check_parts(path: Path) -> None:
     """Raises ValueError for missing parts and another kind of U-Net, which diffusers names badly or not at all."""
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    classes = {part: index[part][1] for part in PARTS["StableDiffusionXLPipeline"] if index.get(part, [None])[0]}
+    classes = {part: index[part][1] for part in SDXL_PARTS if index.get(part, [None])[0]}
     if missing := [part for part in classes if not (path / part).is_dir()]:
         raise ValueError(f"{', '.join(missing)} missing")
     if classes.get("unet", "UNet2DConditionModel") != "UNet2DConditionModel":
@@ -55,11 +51,7 @@ def _check_parts(path: Path) -> None:
 
 
 def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline | None:
-    """`load_pipeline`, or None and a printed line where the weights of a hub id are not available.
-
-    Raises:
-        ValueError: `teacher` is no hub id, and no complete Stable Diffusion.
-    """
+    """`load_pipeline`, or None and a printed line where the weights of a hub id are not available."""
     try:
         return load_pipeline(teacher, device, dtype)
     except NotAvailable as error:
@@ -71,16 +63,14 @@ def load_unet(path: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
     """A U-Net from its own folder or hub id, or from a whole pipeline's folder, on the pipeline's device, in its dtype.
 
     Raises:
-        NotAvailable: a hub id that is neither on this machine nor could be fetched.
-        ValueError: the path holds no U-Net, or one that does not fit the pipeline's latents and text encoder.
+        NotAvailable, ValueError: as `loading.named_errors`; or it does not fit the pipeline's latents and text encoder.
     """
     within = {"subfolder": "unet"} if Path(resolve(path), "unet", "config.json").is_file() else {}
     unet = load(UNet2DConditionModel, path, **within)
     for name in ("in_channels", "out_channels", "cross_attention_dim"):
-        ours, theirs = unet.config[name], pipeline.unet.config[name]
-        if ours != theirs:
-            raise ValueError(f"the U-Net {str(path)!r} has {name} {ours}, the pipeline's has {theirs}: it belongs to "
-                             "another teacher")  # fmt: skip
+        if unet.config[name] != pipeline.unet.config[name]:
+            raise ValueError(f"the U-Net {str(path)!r} has {name} {unet.config[name]}, the pipeline's has "
+                             f"{pipeline.unet.config[name]}: it belongs to another teacher")  # fmt: skip
     return unet.to(pipeline.device, pipeline.unet.dtype, memory_format=torch.channels_last).eval()
 
 
@@ -98,21 +88,15 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     return changed
 
 
-def for_one_thread(pipeline: Pipeline) -> Pipeline:
-    """The same networks with an own scheduler and own tokenizers, whose state threads must not share.
-
-    A scheduler counts its steps; a tokenizer keeps the truncation and padding of its last call.
-    """
-    return _with_copies(with_unet(pipeline, pipeline.unet), ("scheduler", "tokenizer", "tokenizer_2"))
-
-
-def own_copy(pipeline: Pipeline) -> Pipeline:
-    """The same pipeline with an own U-Net and own text encoders, which can be changed without changing the first."""
-    return _with_copies(with_unet(pipeline, pipeline.unet), ("unet", "text_encoder", "text_encoder_2"))
-
-
-def _with_copies(pipeline: Pipeline, parts: Sequence[str]) -> Pipeline:
+def own_copy(pipeline: Pipeline, parts: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")) -> Pipeline:
+    """The same pipeline with copies of `parts`, which can be changed without changing the first; the rest is shared."""
+    own = with_unet(pipeline, pipeline.unet)
     for name in parts:
-        if hasattr(pipeline, name):  # SDXL has two text encoders and tokenizers
-            setattr(pipeline, name, copy.deepcopy(getattr(pipeline, name)))
-    return pipeline
+        if hasattr(own, name):  # SDXL has two text encoders and tokenizers
+            setattr(own, name, copy.deepcopy(getattr(own, name)))
+    return own
+
+
+def for_one_thread(pipeline: Pipeline) -> Pipeline:
+    """The same networks with a scheduler and tokenizers that no other thread shares: both remember their last call."""
+    return own_copy(pipeline, ("scheduler", "tokenizer", "tokenizer_2"))

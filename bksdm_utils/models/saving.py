@@ -29,7 +29,7 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Writes `trained_state`: a diffusers model as its plain folder with one file of weights."""
+    """Writes `trained_state` as one file, of a diffusers model in its plain folder."""
     if isinstance(model, ModelMixin):
         model.save_pretrained(folder, max_shard_size="1TB")
     else:
