@@ -1,8 +1,7 @@
-"""Files from the network: resumed where they stopped, checked, and unpacked into their own folder only."""
+"""Files from the network: resumed, checked, and unpacked into their own folder only (notebooks 03 to 05)."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sys
@@ -18,12 +17,12 @@ _BUCKET = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/d
 
 @dataclass(frozen=True)
 class Download:
-    """A file on the network and where it belongs.
+    """A file on the network and its path in the repository.
 
     Attributes:
-        path: relative to the repository; an archive's folder is the one it is unpacked into.
+        path: relative to the repository; a .tar.gz is unpacked into the folder of the same name.
         sha256: where known; otherwise the first download's is recorded beside the file and later ones must equal it.
-        disk_factor: disk needed altogether, as a multiple of the file's size; archives need room for their contents.
+        disk_factor: disk needed altogether, as a multiple of the file's size; archives need space for their contents.
     """
 
     url: str
@@ -49,125 +48,21 @@ DOWNLOADS: Mapping[str, Download] = {
     "inception_torch_fidelity": Download(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "data/weights/weights-inception-2015-12-05-6726825d.pth"),
-    "coco_pictures": Download("http://images.cocodataset.org/zips/val2014.zip",
+    "coco_images": Download("http://images.cocodataset.org/zips/val2014.zip",
                               "data/mscoco_val2014_41k_full/val2014.zip"),
     "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz",
                                 "data/mscoco_val2014_41k_full/real_im256.npz"),
 }  # fmt: skip
 
 
-def fetch(download: Download, root: Path = ROOT) -> Path:
-    """The file, downloaded if it is not there yet; a download that broke off goes on where it stopped.
-
-    A file stands under its name only when it is whole and its checksum right.
-
-    Raises:
-        ValueError: no such file, a wrong checksum, or not enough disk; it says which and what to do.
-        OSError: the network or the server failed; what has come so far is kept for the next call.
-    """
-    path = root / download.path
-    expected = download.sha256 or _recorded(path)
-    if path.exists():
-        _check(path, expected, f"delete {path} to fetch it again")
-        return path
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = _size(download)
-    had = part.stat().st_size if part.exists() else 0
-    if size is not None and had > size:  # of another version of the file
-        part.unlink()
-        had = 0
-    _check_disk(download, path.parent, size, had)
-    _receive(download.url, part, size)
-    try:
-        _check(part, expected, "what came was deleted; try again, or ask whoever offers the file")
-    except ValueError:
-        part.unlink()
-        raise
-    _record(path, part)
-    os.replace(part, path)
-    return path
-
-
-def fetch_folder(download: Download, root: Path = ROOT) -> Path:
-    """The folder that an archive holds, fetched and unpacked if it is not there yet.
-
-    Nothing is written outside of it, whatever the archive's names say, and it appears only when it is whole.
-
-    Raises:
-        ValueError, OSError: as `fetch`; or the archive is cut off, or tries to write elsewhere.
-    """
-    folder = root / download.path.removesuffix(".tar.gz")
-    if folder.is_dir():
-        return folder
-    archive = fetch(download, root)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with tarfile.open(archive) as file:
-            file.extractall(part, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise ValueError(f"{archive} cannot be unpacked ({error}): delete it and fetch it again") from error
-    inner = list(part.iterdir())  # one folder in all archives that we know
-    os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else part, folder)
-    shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _size(download: Download) -> int | None:
-    """Bytes of the file, as its server says; None where it does not."""
-    from huggingface_hub.utils import get_session
-
-    answer = get_session().head(download.url, follow_redirects=True)
-    if answer.status_code >= 400:
-        kind = ValueError if answer.status_code < 500 else OSError
-        raise kind(f"{download.url} answers {answer.status_code}: the file is not there, or the server is in trouble")
-    length = answer.headers.get("Content-Length")
-    return int(length) if length else None
-
-
-def _check_disk(download: Download, folder: Path, size: int | None, had: int) -> None:
-    need = int((size or 0) * download.disk_factor) - had
-    print(f"{download.path}: {need / 1e9:.2f} GB of disk needed", flush=True)
-    check_disk(folder, need, download.path)
-
-
-def _receive(url: str, part: Path, size: int | None) -> None:
-    from huggingface_hub.file_download import http_get  # resumes, retries, and checks the length
-
-    with part.open("ab") as file:
-        http_get(url, file, resume_size=file.tell(), expected_size=size)
-
-
-def _check(path: Path, expected: str | None, advice: str) -> None:
-    if expected and (found := _sha256(path)) != expected:
-        raise ValueError(f"{path} has the sha256 {found}, expected {expected}: {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _recorded(path: Path) -> str | None:
-    note = path.with_name(path.name + ".sha256")
-    return note.read_text(encoding="utf-8").split()[0] if note.exists() else None
-
-
-def _record(path: Path, part: Path) -> None:
-    path.with_name(path.name + ".sha256").write_text(f"{_sha256(part)}  {path.name}\n", encoding="utf-8")
-
-
 def download(names: Sequence[str]) -> int:
-    """Fetches downloads by name, and unpacks archives; prints each path or error.
+    """Fetches by name and unpacks archives, printing each path or error.
 
     Returns:
         the number of downloads that failed.
     """
+    if unknown := set(names) - set(DOWNLOADS):
+        raise ValueError(f"no download is called {', '.join(sorted(unknown))}: expected {', '.join(DOWNLOADS)}")
     failures = 0
     for name in names:
         get = fetch_folder if DOWNLOADS[name].path.endswith(".tar.gz") else fetch
@@ -177,3 +72,87 @@ def download(names: Sequence[str]) -> int:
             print(f"{name}: FAILED: {error}", file=sys.stderr)
             failures += 1
     return failures
+
+
+def fetch(download: Download, root: Path = ROOT) -> Path:
+    """The file, downloaded if it does not exist yet; an interrupted download continues where it stopped.
+
+    The file has its name only once it is complete and its checksum is right.
+
+    Raises:
+        ValueError: no such file, a wrong checksum, or not enough disk; the message says which and what to do.
+        OSError: the network or the server failed; the part received so far is kept for the next call.
+    """
+    path, note, part = (root / (download.path + suffix) for suffix in ("", ".sha256", ".part"))
+    expected = download.sha256 or (note.read_text(encoding="utf-8").split()[0] if note.exists() else None)
+    if path.exists():
+        if expected and (digest := _sha256(path)) != expected:
+            raise ValueError(f"{path} has the sha256 {digest}, expected {expected}: delete it to fetch it again")
+        return path
+    _receive(download, part)
+    digest = _sha256(part)
+    if expected not in (None, digest):
+        part.unlink()
+        raise ValueError(f"{download.url} has the sha256 {digest}, expected {expected}, and was deleted: try again, or "
+                         "ask those who offer the file")  # fmt: skip
+    note.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _receive(download: Download, part: Path) -> None:
+    """Downloads to `part`, from where it ends."""
+    from huggingface_hub.file_download import http_get  # resumes, retries, and checks the length
+
+    part.parent.mkdir(parents=True, exist_ok=True)
+    size = _size(download.url)
+    if size is not None and part.exists() and part.stat().st_size > size:  # of another version of the file
+        part.unlink()
+    with part.open("ab") as file:
+        need = int((size or 0) * download.disk_factor) - file.tell()
+        print(f"{download.path}: {need / 1e9:.2f} GB of disk needed", flush=True)
+        check_disk(part.parent, need, download.path)
+        http_get(download.url, file, resume_size=file.tell(), expected_size=size)
+
+
+def _size(url: str) -> int | None:
+    """Bytes of the file by its server's answer; None where it names no size."""
+    from huggingface_hub.utils import get_session
+
+    response = get_session().head(url, follow_redirects=True)
+    if response.status_code >= 400:
+        kind = ValueError if response.status_code < 500 else OSError
+        raise kind(f"{url} answers {response.status_code}: the file does not exist, or the server has failed")
+    length = response.headers.get("Content-Length")
+    return int(length) if length else None
+
+
+def _sha256(path: Path) -> str:
+    from huggingface_hub.utils.sha import sha_fileobj
+
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def fetch_folder(download: Download, root: Path = ROOT) -> Path:
+    """The folder that an archive contains, fetched and unpacked if it does not exist yet, completely or not at all.
+
+    Nothing is written outside it, whatever the names in the archive.
+
+    Raises:
+        ValueError, OSError: as `fetch`; or the archive is incomplete, or has paths that lead outside.
+    """
+    folder = root / download.path.removesuffix(".tar.gz")
+    if folder.is_dir():
+        return folder
+    archive, part = fetch(download, root), folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.unpack_archive(archive, part, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(f"{archive} could not be unpacked ({error}): delete it and fetch it again") from error
+    inner = list(part.iterdir())  # the known archives contain one folder
+    os.replace(inner[0] if len(inner) == 1 and inner[0].is_dir() else part, folder)
+    shutil.rmtree(part, ignore_errors=True)
+    return folder

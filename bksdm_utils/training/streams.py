@@ -71,7 +71,7 @@ class StreamedDataset:
     def _captions(self, rows: Sequence[Mapping], position: int) -> tuple[str, ...]:
         for offset in range(len(rows)):
             try:
-                return captions_of(rows[(position + offset) % len(rows)][self.preset.caption_column])
+                return captions_of(rows[(position + offset) % len(rows)]["text"])
             except ValueError:  # `_usable` reports it
                 continue
         return ("",)
@@ -80,10 +80,10 @@ class StreamedDataset:
         for offset in range(len(rows)):
             row = rows[(position + offset) % len(rows)]
             try:
-                captions = captions_of(row[self.preset.caption_column])
-                return to_pixels(open_image(row[self.preset.image_column]), self.preset.resolution), captions
+                captions = captions_of(row["text"])
+                return to_pixels(open_image(row["image"]), self.preset.resolution), captions
             except Exception as error:  # an unreadable picture, of whatever kind
-                self._set_aside((row[self.preset.image_column] or {}).get("path") or row["row"], str(error))
+                self._set_aside((row["image"] or {}).get("path") or row["row"], str(error))
         raise ValueError(f"{self.preset.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
 
     def _set_aside(self, name: str, reason: str) -> None:
