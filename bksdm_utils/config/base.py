@@ -1,13 +1,14 @@
-"""The base of all parameter classes: strict types, and values from Python, YAML, papermill and the command line alike.
+"""The base of all parameter classes: strict types; values from Python, YAML, papermill and the command line alike.
 
-Every way in is parsed by the parameter's type: "false" is False for a switch, "1e-4" is a number, a comma in a prompt is
-a comma. What does not fit is an error that names the parameter, the value and what was expected.
+They are parsed by the parameter's type: "false" is False for a switch, "1e-4" a number, a comma in a prompt a comma.
+What does not fit is an error that names the parameter, the value and what was expected.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Optional, Union, get_args, get_origin
@@ -81,8 +82,8 @@ class Config(BaseModel):
     def preset_decides(cls, *names: str) -> type[Self]:
         """This class with these parameters None by default, for the preset to fill in."""
         fields = {name: cls.model_fields[name] for name in names}
-        optional = {name: (Optional[Annotated[(field.annotation, *field.metadata)]] if field.metadata
-                           else Optional[field.annotation], Field(None, description=field.description))
+        optional = {name: (Optional[Annotated[(field.annotation, *field.metadata)]] if field.metadata  # noqa: UP045
+                           else Optional[field.annotation], Field(None, description=field.description))  # noqa: UP045
                     for name, field in fields.items()}  # fmt: skip
         return create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **optional)
 
@@ -100,16 +101,20 @@ class Config(BaseModel):
         return kind(**{**{n: v for n, v in shared.items() if v is not None}, **changes})
 
 
-def kinds(field: FieldInfo) -> list[object]:
-    """The types that a field takes, None and annotations left out."""
+def kind_of(field: FieldInfo) -> object:
+    """The type that a field takes, None and annotations left out."""
     union = get_origin(field.annotation) in (Union, types.UnionType)
-    kinds = get_args(field.annotation) if union else (field.annotation,)
-    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds if kind is not type(None)]
+    (kind,) = (k for k in (get_args(field.annotation) if union else (field.annotation,)) if k is not type(None))
+    return _bare(kind)
+
+
+def _bare(kind: object) -> object:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def is_text(field: FieldInfo) -> bool:
     """Whether a field takes text or one of several words."""
-    return any(kind is str or get_origin(kind) is Literal for kind in kinds(field))
+    return kind_of(field) is str or get_origin(kind_of(field)) is Literal
 
 
 def takes_none(field: FieldInfo) -> bool:
@@ -119,15 +124,8 @@ def takes_none(field: FieldInfo) -> bool:
 
 def parse(value: object, field: FieldInfo) -> object:
     """A value of any way in as the field's type; what cannot be parsed comes back as it is, for pydantic to refuse."""
-    (kind,) = kinds(field)
-    if value is None:
-        return None
-    if (
-        isinstance(value, str)
-        and takes_none(field)
-        and not is_text(field)
-        and value.strip().lower() in ("none", "null")
-    ):
+    kind, none = kind_of(field), takes_none(field) and not is_text(field)
+    if value is None or (none and isinstance(value, str) and value.strip().lower() in ("none", "null")):
         return None
     if get_origin(kind) is tuple:
         return tuple(_parse_one(item, get_args(kind)[0]) for item in _items(value))
@@ -141,8 +139,7 @@ def _items(value: object) -> Sequence[object]:
 
 
 def _parse_one(value: object, kind: object) -> object:
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+    kind = _bare(kind)
     if kind is bool:
         return _switch(value)
     if kind in (int, float):
@@ -163,12 +160,9 @@ def _number(value: object, kind: type) -> object:
         return str(value)  # never the number 1: refused as text is
     if isinstance(value, str):
         try:
-            value = int(value)
+            value = int(value) if re.fullmatch(r"\s*[+-]?\d+\s*", value) else float(value)
         except ValueError:
-            try:
-                value = float(value)
-            except ValueError:
-                return value
+            return value
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return float(value) if kind is float and isinstance(value, int) else value
@@ -176,7 +170,7 @@ def _number(value: object, kind: type) -> object:
 
 def expected(field: FieldInfo) -> str:
     """What a field takes, in words: "a whole number of 1 or more, or None"."""
-    (kind,) = kinds(field)
+    kind = kind_of(field)
     several = get_origin(kind) is tuple
     inner = get_args(kind)[0] if several else kind
     text = f"a list (commas between its values) of {_word(inner)}" if several else _word(inner)
@@ -195,8 +189,7 @@ def _metadata(field: FieldInfo) -> list[object]:
 
 
 def _word(kind: object) -> str:
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+    kind = _bare(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     words = {bool: "a switch (true, false, yes, no, on, off, 1 or 0)", int: "a whole number", float: "a number",

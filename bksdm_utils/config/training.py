@@ -105,8 +105,8 @@ class TrainingData(Config):
         return self
 
 
-_KD = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_schedule", "lr_warmup_steps",
-       "ema_decay", "mixed_precision", "checkpoint_steps")  # fmt: skip
+_KD = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_schedule",
+       "lr_warmup_steps", "ema_decay", "mixed_precision", "checkpoint_steps")  # fmt: skip
 
 
 class KDTraining(

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_origin
+from typing import Literal, get_origin
 
-from ..config.base import Config, is_text, kinds
+from ..config.base import Config, is_text, kind_of
 from ..config.plan_files import plan_name
 from ..files import ROOT
 from .parameters import CLASSES, NOTEBOOKS, find_notebook
@@ -70,8 +70,8 @@ def _values(kind: type[Config], name: str, value: object) -> list[object]:
     field = kind.model_fields.get(name)
     if not isinstance(value, str) or field is None:
         return [value]
-    holds_commas = any(item is str or get_origin(item) is tuple for item in kinds(field))
-    one = holds_commas and is_text(field) and name not in ("variant", "preset") or get_origin(kinds(field)[0]) is tuple
+    words = get_origin(kind_of(field)) is Literal or name in ("variant", "preset")
+    one = get_origin(kind_of(field)) is tuple or (is_text(field) and not words)
     return [value] if one else list(dict.fromkeys(part.strip() for part in value.split(",")))
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from papermill.cli import _resolve_type
 
-from bksdm_utils.config.base import Config, expected, is_text, kinds, takes_none
+from bksdm_utils.config.base import Config, expected, is_text, kind_of, takes_none
 from bksdm_utils.config.deploy import Demo
 from bksdm_utils.config.evaluation import SampleFolder
 from bksdm_utils.config.training import KDTraining, Training
@@ -21,7 +21,7 @@ IDS = [f"{kind.__name__}.{name}" for kind, name in FIELDS]
 
 def sort_of(kind, name):
     """Whether a parameter is a list, and the type of its values."""
-    (annotation,) = kinds(kind.model_fields[name])
+    annotation = kind_of(kind.model_fields[name])
     several = get_origin(annotation) is tuple
     inner = get_args(annotation)[0] if several else annotation
     return several, get_args(inner)[0] if hasattr(inner, "__metadata__") else inner
