@@ -8,7 +8,12 @@ from bksdm_utils.config.base import Config
 from bksdm_utils.files import ROOT
 from bksdm_utils.workbook.parameters import CLASSES
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md", ROOT / "outputs" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "data" / "README.md",
+    ROOT / "outputs" / "README.md",
+]
 COMMAND = re.compile(r"(?:bksdm|python -m bksdm_utils) run (\d\d)((?: -p \w+ \S+)*)")
 
 

@@ -75,7 +75,9 @@ def test_an_unknown_variant_is_refused_before_anything_is_loaded(variant, tmp_pa
 
 
 def test_folder_names_are_safe_and_limited_in_bytes():
-    assert folder_name("storybook", "bk_small") == "storybook-bk_small" and folder_name("storybook", None) == "storybook"
+    assert (
+        folder_name("storybook", "bk_small") == "storybook-bk_small" and folder_name("storybook", None) == "storybook"
+    )
     assert folder_name("storybook", "../a b/c") == "storybook-.._a_b_c"
     long = folder_name("storybook", "ü" * 400)
     assert len(long.encode()) <= 150 and long != folder_name("storybook", "ü" * 401)
