@@ -1,4 +1,4 @@
-"""The storybook world: scenes and their captions.
+"""The storybook world: scenes and their captions (notebook 00).
 
 One image shows one or two objects, each with a size and a colour, in a place. Everything an image shows is in its
 `Scene`, so a caption can be checked exactly.
@@ -10,36 +10,22 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 
-SIZE = 64  # pixels, the side of a storybook picture
-
-
+SIZE = 64  # pixels, the side of a storybook image
 OBJECTS = ("house", "tree", "boat", "fish", "star", "heart", "balloon", "mushroom", "flower", "cat")
-
-
 COLOURS = {
     "red": (214, 40, 40), "orange": (245, 138, 20), "yellow": (250, 218, 60), "green": (50, 160, 70),
     "blue": (40, 92, 214), "purple": (128, 60, 176), "pink": (246, 140, 190), "white": (250, 250, 250),
 }  # fmt: skip
-
-
-SIZES = {"big": 0.25, "small": 0.16}  # half extent as a fraction of the picture's side
-
-
+SIZES = {"big": 0.25, "small": 0.16}  # half extent as a fraction of the image's side
 PLACES = ("by day", "at night", "at sunset", "on a meadow", "on the sea", "in the snow")
-
-
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-
-
 ATTRIBUTES = ("size", "colour", "object", "place")
-
-
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a picture, say a big red house."""
+    """One object of an image, such as a big red house."""
 
     size: str
     colour: str
@@ -51,7 +37,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one thing, or two and how the first lies to the second, in a place; or the place alone."""
+    """What an image shows: a place with no thing, one, or two and the relation of the first to the second."""
 
     things: tuple[Thing, ...]
     place: str
@@ -81,19 +67,19 @@ def _combinations_by_split() -> dict[str, list[tuple[str, str, str]]]:
     return {"test": combinations[:48], "validation": combinations[48:72], "train": combinations[72:]}
 
 
-COMBINATIONS = _combinations_by_split()  # (object, colour, place): a split's own are drawn in no other split
+COMBINATIONS = _combinations_by_split()  # (object, colour, place); no two splits share one
 
 
 def sample_scene(seed: int, split: str = "train", pair_share: float = 0.4) -> Scene:
-    """Draws a scene whose (object, colour, place) combinations all belong to `split`.
+    """A random scene whose (object, colour, place) combinations all belong to `split`.
 
     Args:
-        seed: the scene is a function of (seed, split, pair_share) alone.
-        split: one of `SPLITS`; validation and test combinations are never drawn in training.
-        pair_share: the chance of a second object.
+        seed: the scene depends on seed, split and pair_share only.
+        split: one of `SPLITS`; validation and test combinations never occur in training.
+        pair_share: probability of a second object.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split}-{seed}")
     obj, colour, place = rng.choice(COMBINATIONS[split])
     first = Thing(rng.choice(list(SIZES)), colour, obj)
