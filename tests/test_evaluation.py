@@ -260,7 +260,7 @@ def test_networks_that_are_not_here_are_named_with_the_command(nothing_fetched):
         read_prompts(PRESETS["sd-v1.4"].prompts)
     with pytest.raises(NotAvailable, match="coco_statistics"):
         Evaluator("storybook", real=PROTOCOLS["paper"].real, clip=clip)
-    with pytest.raises(NotAvailable, match="coco_pictures"):  # never the paper's statistics of another network
+    with pytest.raises(NotAvailable, match="coco_images"):  # never the paper's statistics of another network
         Evaluator("storybook", real=PROTOCOLS["clean"].real, clip=clip)
     assert find_preset("sd-v1.4", protocol="clean").real is None
 

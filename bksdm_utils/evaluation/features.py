@@ -130,7 +130,7 @@ def _real_place(place: str | Path) -> Path:
     if not place.exists():
         raise not_available(place)(
             f"{place} is missing: expected statistics (.npz), a folder or a .zip of real pictures. COCO's come by "
-            "python -m bksdm_utils.data.downloads coco_statistics (or coco_pictures)"
+            "python -m bksdm_utils download coco_statistics (or coco_images)"
         )
     return place
 

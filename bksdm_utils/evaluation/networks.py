@@ -225,7 +225,7 @@ def find_weights(name: str) -> Path:
         if place.is_file():
             return place
     raise NotAvailable(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
-                  f"python -m bksdm_utils.data.downloads {name}")  # fmt: skip
+                  f"python -m bksdm_utils download {name}")  # fmt: skip
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
     """The rows of a CSV file, and the names of its columns."""
     if not path.is_file():
         raise not_available(path)(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions come "
-                             "by python -m bksdm_utils.data.downloads coco_captions")  # fmt: skip
+                             "by python -m bksdm_utils download coco_captions")  # fmt: skip
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file)

@@ -63,7 +63,7 @@ PROTOCOLS = {
         "paper", as_paper, VIT_G, inception_pytorch, inception_classes, DOWNLOADS["coco_statistics"].path, "jpeg"
     ),
     # The paper's statistics are of another network and of 256 pixels: here COCO's own pictures are looked at.
-    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, DOWNLOADS["coco_pictures"].path),
+    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, DOWNLOADS["coco_images"].path),
     "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
 }
 
