@@ -46,7 +46,6 @@ class Comparison:
     models: dict[str, object] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
-    gallery: Gallery = field(default_factory=Gallery)
 
     @property
     def config(self) -> CocoEvaluation:
@@ -71,7 +70,7 @@ class Comparison:
 
     def sample(self) -> dict[str, Path]:
         """Fills a folder of images for each model; what is complete is kept. Returns the folders."""
-        sampling = self.config.part(FolderSampling)
+        sampling, gallery = self.config.part(FolderSampling), Gallery(len(self.models))
         for name, unet in self.models.items():
             model = with_unet(self.pipeline, unet)
             key, label = model_hash(model), self._label(name)
@@ -83,7 +82,7 @@ class Comparison:
             else:
                 progress = sample_folder(model, self.prompts, folder, sampling, key)
             for step in progress:
-                self.gallery.update(name, step)
+                gallery.update(name, step)
         return self.folders
 
     def _label(self, name: str) -> str:
@@ -134,13 +133,13 @@ class Comparison:
         """Scores of the first trained student at each guidance scale, of few images in few steps."""
         prompts, label = self.prompts[: self.config.num_guidance_images], self._label("guidance")
         model = with_unet(self.pipeline, self.models[self.students[0]])
-        key, found = model_hash(model), {}
+        key, found, gallery = model_hash(model), {}, Gallery(len(self.config.guidances))
         for scale in self.config.guidances:
             # Ten steps of DPM-Solver++ are as good here as 25 of PNDM.
             sampling = self.config.part(FolderSampling, guidance_scale=scale, num_inference_steps=10, scheduler="dpm++")
             folder = folder_of(self.config.images_dir, label, key, sampling)
             for progress in sample_folder(model, prompts, folder, sampling, key):
-                self.gallery.update(f"guidance {scale:g}", progress)
+                gallery.update(f"guidance {scale:g}", progress)
             found[scale] = evaluator.evaluate(folder, prompts).scores
         return found
 

@@ -1,103 +1,82 @@
-"""Image grids, curves, feature maps, bars."""
+"""Figures of all notebooks, and `show`, which prints source code; styles and pandas' display options are set here."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 ROW_COLOURS = ("black", "#4c78a8", "#c44e52", "#f2a541", "#72a98f", "#9aa5b1")
-
-
-BAR_COLOURS = ("#9aa5b1", "#c44e52")
-
-
-MARKS = (
+GROUP_STYLES = (
     {"marker": "*", "color": "black", "markersize": 10}, {"marker": "o", "color": "#b0b7c0", "markersize": 4},
     {"marker": ".", "color": "#4c78a8", "markersize": 7}, {"marker": "D", "color": "#c44e52", "markersize": 5},
 )  # fmt: skip
+STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.labelsize": 8, "axes.titlesize": 7, "xtick.labelsize": 7,
+         "ytick.labelsize": 7, "legend.fontsize": 7, "legend.edgecolor": "none", "lines.linewidth": 1.3}  # fmt: skip
+Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
+
+plt.rcParams.update(STYLE)
+pd.set_option("display.max_columns", None, "display.max_colwidth", None, "display.max_rows", 500)
 
 
 def show(function) -> None:
-    """Prints the real source of a function or class as Markdown, so that a notebook defines nothing twice."""
-    from IPython.display import Markdown, display
-
-    module = function.__module__.split(".")[-1]
-    display(Markdown(f"`bksdm_utils/{module}.py`\n```python\n{inspect.getsource(function)}```"))
+    """Shows the source of a function or class as Markdown, so that a notebook defines nothing twice."""
+    file = function.__module__.replace(".", "/")
+    display(Markdown(f"`{file}.py`\n```python\n{inspect.getsource(function)}```"))
 
 
 def image_grid(
     rows: Mapping[str, Sequence[Image.Image]], titles: Sequence[str] = (), scale: float = 1.25, wrap: int = 22
 ) -> Figure:
-    """One row of pictures for each entry, its name at the left; `titles` stand above the columns."""
-    columns, titles = max(len(row) for row in rows.values()), [_wrapped(title, wrap) for title in titles]
-    margin = 0.1 + 0.075 * max(map(len, rows))  # inches, for the names at the left
+    """One row of images, `scale` inches a side, for each entry; titles above the columns in lines of `wrap`."""
+    columns, titles = max(map(len, rows.values())), [textwrap.fill(title, wrap) for title in titles]
+    left = 0.1 + 0.075 * max(len(line) for name in rows for line in f"{name}\n".splitlines())  # inches, as `above`
     above = 0.1 + 0.13 * max((title.count("\n") + 1 for title in titles), default=0)
-    width, height = scale * columns + margin, scale * len(rows) + above
+    width, height = scale * columns + left, scale * len(rows) + above
     figure, axes = plt.subplots(len(rows), columns, figsize=(width, height), squeeze=False)
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.axis("off")
-        for axis, picture in zip(line, pictures, strict=False):
-            axis.imshow(picture, interpolation="nearest")
-        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.axis("off")
+        for image in list(rows.values())[row][column : column + 1]:
+            axis.imshow(image, interpolation="nearest")
+    for axis, name in zip(axes[:, 0], rows, strict=True):
+        axis.text(-0.08, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=6.5, pad=2)
-    figure.subplots_adjust(margin / width, 0.01, 0.995, 1 - above / height, wspace=0.04, hspace=0.04)
+    figure.subplots_adjust(left / width, 0.01, 0.995, 1 - above / height, wspace=0.04, hspace=0.04)
     return figure
-
-
-def _wrapped(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
-
-
-Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
 
 def curves(
     panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = (), dashed: Sequence[str] = ()
 ) -> Figure:
-    """One panel for each entry, in it a line for each series of (x, y).
-
-    Args:
-        panels: named by what the y axis measures.
-        log: panels with a logarithmic y axis.
-        dashed: series that are references rather than results.
-    """
+    """One panel for each entry, named by what its y axis measures; `dashed` series are references, not results."""
     columns = len(panels) if len(panels) < 4 else 2
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False)
-    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False, layout="tight")
+    for axis, (title, series) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=("", {})):
         for name, points in series.items():
             style = {"linestyle": "--", "color": "grey"} if name in dashed else {"marker": "." * (len(points) < 20)}
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4, **style)
-        axis.set(ylabel=title, xlabel=xlabel)
-        if title in log:
-            axis.set_yscale("log")
-        axis.legend(fontsize=7, framealpha=0.8, edgecolor="none", ncols=1 + (len(series) > 4))
-        axis.grid(alpha=0.25)
-    figure.tight_layout()
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+        axis.set(ylabel=title, xlabel=xlabel, yscale="log" if title in log else "linear", visible=bool(series))
+        if series:
+            axis.legend(ncols=1 + (len(series) > 4))
     return figure
 
 
 def smoothed(values: Sequence[float], width: int = 10) -> list[float]:
-    """Trailing mean, of as many values as there are where fewer than `width` precede."""
-    total = np.cumsum([0.0, *values])
-    return [float((total[i + 1] - total[max(0, i + 1 - width)]) / min(i + 1, width)) for i in range(len(values))]
+    """Trailing mean of `width` values, of fewer at the beginning."""
+    return pd.Series(values, dtype=float).rolling(width, min_periods=1).mean().tolist()
 
 
 def feature_map(activation: torch.Tensor) -> np.ndarray:
@@ -110,122 +89,86 @@ def feature_map(activation: torch.Tensor) -> np.ndarray:
 
 def feature_maps(rows: Mapping[str, Sequence[torch.Tensor]], titles: Sequence[str]) -> Figure:
     """Activations as `feature_map` takes them, as heat maps; the maps of one column share their colour scale."""
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=(1.15 * len(titles) + 1.3, 1.2 * len(rows) + 0.4))
-    axes = np.atleast_2d(axes)
-    maps = [[feature_map(a) for a in activations] for activations in rows.values()]
-    for column, title in enumerate(titles):
-        top = max(line[column].max() for line in maps)
-        for row, name in enumerate(rows):
-            axis = axes[row, column]
-            axis.imshow(maps[row][column], cmap="magma", vmin=0, vmax=top)
-            axis.set(xticks=[], yticks=[])
-            if column == 0:
-                axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
-        axes[0, column].set_title(title.replace(".", "\n", 1), fontsize=7)
+    size = (1.15 * len(titles) + 1.3, 1.2 * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False)
+    maps = [[feature_map(activation) for activation in activations] for activations in rows.values()]
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.imshow(maps[row][column], cmap="magma", vmin=0, vmax=max(line[column].max() for line in maps))
+        axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title.replace(".", "\n", 1))
+    for axis, name in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.3)
     return figure
 
 
 def bars(table: Mapping[str, Mapping[str, float]], percent: Sequence[str] = (), log: Sequence[str] = ()) -> Figure:
-    """A horizontal bar for each row of the table, in one panel for each column.
-
-    Args:
-        table: row name -> column name -> value; rows are drawn from the top.
-        percent: columns whose values are shares.
-        log: columns with a logarithmic axis.
-    """
-    names, columns = list(table), list(next(iter(table.values())))
-    size = (2.2 * len(columns) + 1.8, 0.2 * len(names) + 0.7)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
-    for number, (axis, column) in enumerate(zip(axes[0], columns, strict=True)):
-        axis.barh(range(len(names)), [table[name][column] for name in names], height=0.7,
-                  color=BAR_COLOURS[number == 0])  # fmt: skip
-        axis.set_xlabel(column, fontsize=8)
-        axis.tick_params(labelsize=7, left=False)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.grid(axis="x", alpha=0.25)
-        if column in log:
-            axis.set_xscale("log")
+    """A panel for each column of the table (row -> column -> value), in it a horizontal bar for each row."""
+    figure, panels = _row_panels(table, 2.2, 0.2, per_line=99)
+    for number, (column, axis) in enumerate(panels.items()):
+        values = [row[column] for row in table.values()]
+        axis.barh(range(len(table)), values, height=0.7, color="#9aa5b1" if number else "#c44e52", log=column in log)
         if column in percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
-    figure.tight_layout()
     return figure
 
 
 def error_bars(table: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
-    """A dot with its error bar for each row of the table, in one panel for each column, rows from the top.
-
-    Args:
-        table: row name -> column name -> (value, error); a row may lack columns.
-    """
-    columns = list(dict.fromkeys(name for row in table.values() for name in row))
-    lines = -(-len(columns) // 5)
-    wide = -(-len(columns) // lines)
-    size = (1.9 * wide + 1.4, lines * (0.28 * len(table) + 0.7))
-    figure, axes = plt.subplots(lines, wide, figsize=size, sharey=True, squeeze=False)
-    for axis, column in zip(axes.flat, columns, strict=False):
-        for place, (row, colour) in enumerate(zip(table, itertools.cycle(ROW_COLOURS), strict=False)):
-            if column in table[row]:
-                value, error = table[row][column]
-                axis.errorbar(value, place, xerr=error, fmt="o", markersize=4, capsize=3, color=colour)
-        axis.set_xlabel(column, fontsize=8)
-        axis.tick_params(labelsize=7, left=False)
-        axis.set(yticks=range(len(table)), yticklabels=table, ylim=(len(table) - 0.5, -0.5))
-        axis.grid(axis="x", alpha=0.25)
-    for axis in axes.flat[len(columns) :]:
-        axis.axis("off")
-    figure.tight_layout()
+    """A panel for each column of the table (row -> column -> value and error), in it a dot with its error bar for each
+    row that has the column."""
+    figure, panels = _row_panels(table, 1.9, 0.28, per_line=5)
+    for column, axis in panels.items():
+        for y, (row, colour) in enumerate(zip(table.values(), itertools.cycle(ROW_COLOURS), strict=False)):
+            if column in row:
+                axis.errorbar(row[column][0], y, xerr=row[column][1], fmt="o", markersize=4, capsize=3, color=colour)
     return figure
+
+
+def _row_panels(table: Mapping[str, Mapping], width: float, row: float, per_line: int) -> tuple[Figure, dict]:
+    """A figure and its panel of `width` inches for each column of the table, whose rows, `row` inches high, are y."""
+    columns = list(dict.fromkeys(column for entry in table.values() for column in entry))
+    lines = -(-len(columns) // per_line)
+    across = -(-len(columns) // lines)
+    size = (width * across + 1.8, lines * (row * len(table) + 0.7))
+    figure, axes = plt.subplots(lines, across, figsize=size, sharey=True, squeeze=False, layout="tight")
+    for axis, column in itertools.zip_longest(axes.flat, columns):
+        axis.set(yticks=range(len(table)), yticklabels=table, ylim=(len(table) - 0.5, -0.5), xlabel=column)
+        axis.set_visible(column is not None)
+        axis.grid(visible=False, axis="y")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    return figure, dict(zip(columns, axes.flat, strict=False))
 
 
 def tradeoff(
     groups: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, line: str = "", named: Sequence[str] = ()
 ) -> Figure:
-    """What is kept (higher is better) against what it costs: a panel for each cost, a point for each network.
-
-    The dashed Pareto front joins the networks that no cheaper or equal one beats.
+    """A score (higher is better) against costs: a panel for each cost, a point for each network, the Pareto front.
 
     Args:
         groups: group -> network -> {ylabel: score, cost: share of the teacher's, …}.
         line: the group whose points are joined in their order.
-        named: groups whose points bear their names.
+        named: groups whose points have their names beside them.
     """
-    first = next(iter(next(iter(groups.values())).values()))
-    columns = [column for column in first if column != ylabel]
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 3.3), sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], columns, strict=True):
-        for style, (group, points) in zip(MARKS, groups.items(), strict=False):
-            x, y = ([point[key] for point in points.values()] for key in (column, ylabel))
-            axis.plot(x, y, label=group, linestyle="-" if group == line else "none", linewidth=1.2, **style)
-            for name, place in zip(points, zip(x, y, strict=True), strict=True) if group in named else ():
-                axis.annotate(name, place, xytext=(0, 7), textcoords="offset points", fontsize=7, rotation=60)
-        every = [(point[column], point[ylabel]) for points in groups.values() for point in points.values()]
-        axis.plot(
-            *zip(*pareto_front(every), strict=True), "--", color="#c9d1da", linewidth=1, zorder=0, label="Pareto front"
-        )
-        axis.set_xlabel(f"{column}, share of the teacher's", fontsize=8)
+    networks = [network for group in groups.values() for network in group.values()]
+    costs = [column for column in networks[0] if column != ylabel]
+    size = (3.7 * len(costs), 3.3)
+    figure, axes = plt.subplots(1, len(costs), figsize=size, sharey=True, squeeze=False, layout="tight")
+    for axis, cost in zip(axes[0], costs, strict=True):
+        for style, (group, points) in zip(GROUP_STYLES, groups.items(), strict=False):
+            x, y = ([point[key] for point in points.values()] for key in (cost, ylabel))
+            axis.plot(x, y, label=group, linestyle="-" if group == line else "none", **style)
+            for name, point in zip(points, zip(x, y, strict=True), strict=True) if group in named else ():
+                axis.annotate(name, point, xytext=(0, 7), textcoords="offset points", fontsize=7, rotation=60)
+        front = zip(*pareto_front((network[cost], network[ylabel]) for network in networks), strict=True)
+        axis.plot(*front, "--", color="#c9d1da", zorder=0, label="Pareto front")
+        axis.set(xlabel=f"{cost}, share of the teacher's", ylabel="" if axis is not axes[0, 0] else ylabel)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel(ylabel, fontsize=8)
-    axes[0, -1].legend(fontsize=7, framealpha=0.8, edgecolor="none")
-    figure.tight_layout()
+    axes[0, -1].legend()
     return figure
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """The (cost, score) that no other beats: each scores higher than every one that costs as much or less."""
-    front = []
-    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((cost, score))
-    return front
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=90, bbox_inches="tight")
-    plt.close(figure)  # the inline backend would show it a second time
-    return buffer.getvalue()
+    ranked = sorted(points, key=lambda point: (point[0], -point[1]))
+    return [point for i, point in enumerate(ranked) if all(point[1] > cheaper[1] for cheaper in ranked[:i])]

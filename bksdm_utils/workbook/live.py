@@ -1,111 +1,105 @@
-"""Figures of work in progress."""
+"""Progress of long work: lines with the time left, and a figure that follows it (notebooks 03 and 04)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from ..evaluation.folders import Progress
-from .figures import curves, image_grid, smoothed
+from .figures import curves, image_grid
+
+LINES = 12  # printed by work of any length
+PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}
 
 
-class Live:
-    """The curves of a running training: drawn again, and said in a line, every `every` seconds.
+class ProgressLines:
+    """Prints a line whenever another of `lines` equal shares is done, with an estimate of the time left."""
 
-    Args:
-        goal: the teacher's proxy scores, by name.
-    """
+    def __init__(self, total: int, lines: int = LINES):
+        self.total, self.lines, self.printed, self.first = total, lines, 0, None
 
-    def __init__(self, max_train_steps: int, goal: Mapping[str, float], every: float = 10.0):
-        self.total, self.goal, self.every = max_train_steps, goal, every
-        self.drawn, self.handle, self.first = 0.0, None, None
-
-    def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
-        """Call it after every step, or now and then; most calls return at once.
-
-        Args:
-            rows: `engine.Step.floats` of every step so far.
-            validation: rows of "step" and proxy scores.
-        """
-        if not rows:
+    def update(self, done: int, text: str) -> None:
+        """Call it after every step; most calls print nothing."""
+        self.first = self.first or (time.monotonic(), done)  # the first step is slower than the others
+        started, before = self.first
+        share = self.lines * done // max(1, self.total)
+        if share == self.printed or before == done < self.total:
             return
-        now, last = time.monotonic(), rows[-1]
-        if self.first is None:  # the estimate counts from the end of the first step, which is slower than the others
-            self.first, self.drawn = (now, last["step"]), now
-        if now - self.drawn < self.every or last["step"] == self.first[1]:
-            return
-        self.drawn, (started, first_step) = now, self.first
-        left = (self.total - last["step"]) * (now - started) / (last["step"] - first_step)
-        print(f"step {last['step']:.0f}/{self.total}  loss {last['loss']:.4f}  {left:.0f} s left", flush=True)
-        self.draw(rows, validation)
+        seconds = (self.total - done) * (time.monotonic() - started) / max(1, done - before)
+        left = f"{timedelta(seconds=round(seconds))} left" if done < self.total else "finished"
+        print(f"{text}, {left}", flush=True)
+        self.printed = share
 
-    def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
-        """Draws the curves in place of those drawn before; call it once more after the last step."""
-        from IPython.display import display
 
-        figure = training_curves(rows, validation, self.goal)
-        self.handle = self.handle or display(display_id=True)
+class LiveFigure:
+    """One output of a cell, whose figure is due to be replaced every `every` seconds."""
+
+    def __init__(self, every: float = 10.0):
+        self.every, self.shown, self.handle = every, time.monotonic(), None
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.shown >= self.every
+
+    def show(self, figure: Figure) -> Figure:
+        self.shown, self.handle = time.monotonic(), self.handle or display(display_id=True)
         if self.handle is not None:  # None outside a notebook
             self.handle.update(figure)
         plt.close(figure)
         return figure
 
 
-class Gallery:
-    """The newest pictures of a folder that is being filled: drawn again, and said in a line, every `every` seconds."""
+class Live:
+    """Lines and curves of a running training; `goal` has the teacher's proxy scores by name."""
 
-    def __init__(self, every: float = 10.0):
-        self.every, self.said, self.handle, self.begun = every, time.monotonic(), None, {}
+    def __init__(self, max_train_steps: int, goal: Mapping[str, float]):
+        self.goal, self.lines, self.figure = goal, ProgressLines(max_train_steps), LiveFigure()
+
+    def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
+        """Call it after every step, or now and then, with step and losses, step and proxy scores of all until then."""
+        if rows:
+            step = int(rows[-1]["step"])
+            self.lines.update(step, f"step {step:,} of {self.lines.total:,}: loss {rows[-1]['loss']:.4f}")
+            if self.figure.due:
+                self.draw(rows, validation)
+
+    def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
+        """Draws the curves in place of the earlier ones; call it once more after the last step."""
+        return self.figure.show(training_curves(rows, validation, self.goal))
+
+
+class Gallery:
+    """Lines for each folder of images that is filled, and the newest images; every cell has a Gallery of its own."""
+
+    def __init__(self, folders: int = 1):
+        self.lines_each, self.lines, self.figure = max(1, LINES // max(1, folders)), {}, LiveFigure()
 
     def update(self, name: str, progress: Progress) -> None:
-        """Call it after every pass; most calls return at once."""
-        since, before = self.begun.setdefault(name, (time.monotonic(), progress.done))
-        if time.monotonic() - self.said < self.every:
-            return
-        self.said = time.monotonic()
-        drawn, left = progress.done - before, progress.total - progress.done
-        estimate = f", {_duration(left * (self.said - since) / drawn)} left" if drawn and left else ""
-        print(f"{name}: {progress.done:,} of {progress.total:,} pictures{estimate}", flush=True)
-        if progress.newest:
-            from IPython.display import display
-
-            prompts, drawn = zip(*progress.newest[:8], strict=True)
-            figure = image_grid({name: drawn}, [prompt.text for prompt in prompts])
-            self.handle = self.handle or display(display_id=True)
-            if self.handle is not None:  # None outside a notebook
-                self.handle.update(figure)
-            plt.close(figure)
-
-
-def _duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3.2 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}
+        """Call it after every pass."""
+        lines = self.lines.setdefault(name, ProgressLines(progress.total, self.lines_each))
+        lines.update(progress.done, f"{name}: {progress.done:,} of {progress.total:,} images")
+        if progress.newest and (self.figure.due or progress.done == progress.total):
+            prompts, images = zip(*progress.newest[:8], strict=True)
+            self.figure.show(image_grid({name: images}, [prompt.text for prompt in prompts]))
 
 
 def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal: Mapping[str, float]) -> Figure:
-    """The three losses, one line for each tap, and the proxy scores (`goal` has the teacher's) over the steps."""
-    steps = [row["step"] for row in rows]
+    """The three losses, one line for each tap, and the proxy scores beside the teacher's (`goal`) over the steps."""
+    table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
 
-    def series(names: Sequence[str]) -> dict:
-        return {
-            n.split("/")[-1].removeprefix("loss_"): list(zip(steps, smoothed([r[n] for r in rows]), strict=True))
-            for n in names
-        }
+    def series(prefix: str, *names: str) -> dict:
+        return {n.removeprefix(prefix): list(table[n].items()) for n in names or table if n.startswith(prefix)}
 
-    losses = series(["loss_task", "loss_output", "loss_feature"])
-    taps = series([name for name in rows[0] if name.startswith("feature/")])
-    panels = {"loss": losses, "feature loss of each tap": taps}
+    panels = {"loss": series("loss_", "loss_task", "loss_output", "loss_feature"),
+              "feature loss of each tap": series("feature/")}  # fmt: skip
     for name, title in PROXIES.items():
-        scored = [(v["step"], v[name]) for v in validation if v[name] == v[name]]  # NaN: no judge
-        if scored:
-            panels[title] = {"EMA student": scored, "teacher": [(step, goal[name]) for step, _ in scored]}
-    shown = {title: lines for title, lines in panels.items() if any(lines.values())}
+        scored = [(row["step"], row[name]) for row in validation if row[name] == row[name]]  # NaN: no metric network
+        panels[title] = {"EMA student": scored, "teacher": [(step, goal[name]) for step, _ in scored]} if scored else {}
+    shown = {title: lines for title, lines in panels.items() if lines}
     return curves(shown, log=("loss", "feature loss of each tap", "proxy FID"), dashed=["teacher"])

@@ -1,59 +1,61 @@
-"""Widgets that stand on functions which also draw a static figure."""
+"""Controls of ipywidgets above figures and tables (notebooks 01, 03, 06 and 07).
+
+What they show is an ordinary output of the cell, so that a page without widgets has it too.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Callable, Mapping, Sequence
 
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
-from ..core.plans import RemovalPlan, free_plan
+from ..core.plans import RemovalPlan, free_plan, identity_plan
 from .architecture import architecture
-from .figures import _png
-
-
-def slider(draw: Callable[[int], Figure], name: str, values: Sequence[int]) -> None:
-    """A slider over `values` that shows the figure `draw(value)`."""
-    import ipywidgets as widgets
-
-    explore(draw, widgets.SelectionSlider(options=list(values), description=name, continuous_update=False))
 
 
 def explore(draw: Callable[..., Figure], *controls) -> None:
-    """Controls of ipywidgets; the figure `draw(value, value, …)` of their values is drawn anew at every change."""
+    """Controls of ipywidgets, and below them the figure `draw(value, value, …)` of their values."""
     _interactive(controls, lambda: [draw(*(control.value for control in controls))])
 
 
-def filtered(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    """A table with a menu for each of `columns`, which shows only the rows with the value chosen there."""
-    import ipywidgets as widgets
+def slider(draw: Callable[[int], Figure], name: str, values: Sequence[int]) -> None:
+    """A slider over `values`, and below it the figure `draw(value)`."""
+    explore(draw, widgets.SelectionSlider(options=list(values), description=name, continuous_update=False))
 
+
+def filtered(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """A table with a menu for each of `columns`, which leaves only the rows with the value chosen there."""
     menus = [widgets.Dropdown(options=["all", *sorted(table[c].unique())], description=c) for c in columns]
 
     def rows() -> list[pd.DataFrame]:
         chosen = {c: menu.value for c, menu in zip(columns, menus, strict=True) if menu.value != "all"}
-        return [table[(table[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1)] if chosen else table]
+        return [table[(table[list(chosen)] == pd.Series(chosen, dtype=object)).all(axis=1)]]
 
     _interactive(menus, rows)
 
 
-def plan_toggles(teacher_config: Mapping, draw: Callable[[RemovalPlan], Figure] | None = None) -> None:
-    """Tick boxes for a free plan; every change draws `architecture` again, or says why no student fits the plan.
-
-    Args:
-        draw: gives a further figure for the plan, its pictures say.
-    """
-    import ipywidgets as widgets
-
-    stages = range(len(teacher_config["block_out_channels"]))
-    names = [*(f"second pair in stage {s}" for s in stages), "mid block", "innermost stage"]
-    boxes = [widgets.Checkbox(True, description=name, indent=False) for name in names]
+def plan_toggles(
+    teacher_config: Mapping, plan: RemovalPlan, draw: Callable[[RemovalPlan], Figure] | None = None
+) -> None:
+    """Tick boxes that begin with `plan`; its architecture and the figure `draw(plan)`, or why no student can follow."""
+    whole, kept = identity_plan(teacher_config).stages, plan.stages
+    thin = [s for s, stage in enumerate(kept) if len(stage.down) < len(whole[s].down)]
+    ticked = {f"second pair in stage {s}": s not in thin for s in range(len(whole))}
+    ticked |= {"mid block": plan.mid, "innermost stage": len(kept) == len(whole)}
+    boxes = [widgets.Checkbox(value, description=name, indent=False) for name, value in ticked.items()]
 
     def figures() -> list[Figure]:
         *pairs, mid, innermost = (box.value for box in boxes)
-        thin = [s for s in stages if not pairs[s]]
-        plan = free_plan(teacher_config, thin, mid, len(stages) - (not innermost))
-        return [architecture(teacher_config, plan), *([draw(plan)] if draw else [])]
+        thin = [s for s, pair in enumerate(pairs) if not pair]
+        own = free_plan(teacher_config, thin, mid, len(whole) - (not innermost))
+        return [architecture(teacher_config, own), *([draw(own)] if draw else [])]
 
     _interactive(boxes, figures)
 
@@ -61,27 +63,25 @@ def plan_toggles(teacher_config: Mapping, draw: Callable[[RemovalPlan], Figure] 
 def _interactive(controls: Sequence, contents: Callable[[], list[Figure | pd.DataFrame]]) -> None:
     """Controls above what they change; an error of `contents` is shown in its place.
 
-    Figures are put into image widgets. An output widget would be simpler, but headless runs now and then wait for ever
-    on one (nbclient issue 312).
+    An output widget would be simpler, but headless runs sometimes never return from one (nbclient issue 312).
     """
-    import ipywidgets as widgets
-    from IPython.display import display
 
-    shown = widgets.VBox()
-
-    def widget(content: Figure | pd.DataFrame):
-        if isinstance(content, pd.DataFrame):
-            return widgets.HTML(content.to_html(index=False))
-        return widgets.Image(value=_png(content))
-
-    def redraw(*_) -> None:
+    def page() -> HTML:
         try:
-            shown.children = [widget(content) for content in contents()]
+            return HTML("".join(map(_html, contents())))
         except ValueError as error:
-            shown.children = [widgets.Label(str(error))]
+            return HTML(f"<p>{html.escape(str(error))}</p>")
 
+    display(widgets.Box(list(controls), layout=widgets.Layout(flex_flow="row wrap")))
+    shown = display(page(), display_id=True)
     for control in controls:
-        control.observe(redraw, "value")
-    redraw()
-    layout = widgets.Layout(flex_flow="row wrap")
-    display(widgets.VBox([widgets.Box(list(controls), layout=layout), shown]))
+        control.observe(lambda _: shown.update(page()), "value")
+
+
+def _html(content: Figure | pd.DataFrame) -> str:
+    if isinstance(content, pd.DataFrame):
+        return content.to_html(index=False)
+    buffer = io.BytesIO()
+    content.savefig(buffer, dpi=90, bbox_inches="tight")
+    plt.close(content)  # the inline backend would show it a second time
+    return f'<p><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></p>'
