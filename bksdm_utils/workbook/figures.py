@@ -22,11 +22,11 @@ GROUP_STYLES = (
     {"marker": "*", "color": "black", "markersize": 10}, {"marker": "o", "color": "#b0b7c0", "markersize": 4},
     {"marker": ".", "color": "#4c78a8", "markersize": 7}, {"marker": "D", "color": "#c44e52", "markersize": 5},
 )  # fmt: skip
-STYLE = {"axes.grid": True, "grid.alpha": 0.25, "axes.labelsize": 8, "axes.titlesize": 7, "xtick.labelsize": 7,
-         "ytick.labelsize": 7, "legend.fontsize": 7, "legend.edgecolor": "none", "lines.linewidth": 1.3}  # fmt: skip
-Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
-plt.rcParams.update(STYLE)
+plt.rcParams.update({
+    "axes.grid": True, "grid.alpha": 0.25, "axes.labelsize": 8, "axes.titlesize": 7, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "legend.fontsize": 7, "legend.edgecolor": "none", "lines.linewidth": 1.3,
+})  # fmt: skip
 pd.set_option("display.max_columns", None, "display.max_colwidth", None, "display.max_rows", 500)
 
 
@@ -58,9 +58,9 @@ def image_grid(
 
 
 def curves(
-    panels: Mapping[str, Series], xlabel: str = "optimizer step", log: Sequence[str] = (), dashed: Sequence[str] = ()
+    panels: Mapping[str, Mapping], xlabel: str = "optimizer step", log: Sequence[str] = (), dashed: Sequence[str] = ()
 ) -> Figure:
-    """One panel for each entry, named by what its y axis measures; `dashed` series are references, not results."""
+    """A panel for each entry, named by its y axis, of lines: name -> [(x, y), …]; `dashed` ones are references."""
     columns = len(panels) if len(panels) < 4 else 2
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False, layout="tight")
@@ -80,7 +80,7 @@ def smoothed(values: Sequence[float], width: int = 10) -> list[float]:
 
 
 def feature_map(activation: torch.Tensor) -> np.ndarray:
-    """Root mean square over channels of one activation, (C, H, W) or of self-attention (H x W, C), to (H, W)."""
+    """Root mean square over channels of an activation, (C, H, W) or of self-attention (H x W, C), to (H, W)."""
     if activation.ndim == 2:
         side = math.isqrt(len(activation))
         activation = activation.T.reshape(-1, side, len(activation) // side)
@@ -152,8 +152,7 @@ def tradeoff(
     """
     networks = [network for group in groups.values() for network in group.values()]
     costs = [column for column in networks[0] if column != ylabel]
-    size = (3.7 * len(costs), 3.3)
-    figure, axes = plt.subplots(1, len(costs), figsize=size, sharey=True, squeeze=False, layout="tight")
+    figure, axes = plt.subplots(1, len(costs), figsize=(3.7 * len(costs), 3.3), sharey=True, squeeze=False)
     for axis, cost in zip(axes[0], costs, strict=True):
         for style, (group, points) in zip(GROUP_STYLES, groups.items(), strict=False):
             x, y = ([point[key] for point in points.values()] for key in (cost, ylabel))
@@ -165,6 +164,7 @@ def tradeoff(
         axis.set(xlabel=f"{cost}, share of the teacher's", ylabel="" if axis is not axes[0, 0] else ylabel)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, -1].legend()
+    figure.tight_layout()
     return figure
 
 

@@ -40,10 +40,9 @@ class ProgressLines:
 class LiveFigure:
     """One output of a cell, whose figure is due to be replaced every `every` seconds."""
 
-    def __init__(self, every: float = 10.0):
-        self.every, self.shown, self.handle = every, time.monotonic(), None
+    def __init__(self):
+        self.every, self.shown, self.handle = 10.0, time.monotonic(), None
 
-    @property
     def due(self) -> bool:
         return time.monotonic() - self.shown >= self.every
 
@@ -66,7 +65,7 @@ class Live:
         if rows:
             step = int(rows[-1]["step"])
             self.lines.update(step, f"step {step:,} of {self.lines.total:,}: loss {rows[-1]['loss']:.4f}")
-            if self.figure.due:
+            if self.figure.due():
                 self.draw(rows, validation)
 
     def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
@@ -84,7 +83,7 @@ class Gallery:
         """Call it after every pass."""
         lines = self.lines.setdefault(name, ProgressLines(progress.total, self.lines_each))
         lines.update(progress.done, f"{name}: {progress.done:,} of {progress.total:,} images")
-        if progress.newest and (self.figure.due or progress.done == progress.total):
+        if progress.newest and (self.figure.due() or progress.done == progress.total):
             prompts, images = zip(*progress.newest[:8], strict=True)
             self.figure.show(image_grid({name: images}, [prompt.text for prompt in prompts]))
 

@@ -1,7 +1,4 @@
-"""Controls of ipywidgets above figures and tables (notebooks 01, 03, 06 and 07).
-
-What they show is an ordinary output of the cell, so that a page without widgets has it too.
-"""
+"""Controls above a figure or table, which is an output that pages without widgets have too (01, 03, 06 and 07)."""
 
 from __future__ import annotations
 
@@ -41,11 +38,9 @@ def filtered(table: pd.DataFrame, columns: Sequence[str]) -> None:
     _interactive(menus, rows)
 
 
-def plan_toggles(
-    teacher_config: Mapping, plan: RemovalPlan, draw: Callable[[RemovalPlan], Figure] | None = None
-) -> None:
+def plan_toggles(config: Mapping, plan: RemovalPlan, draw: Callable[[RemovalPlan], Figure] | None = None) -> None:
     """Tick boxes that begin with `plan`; its architecture and the figure `draw(plan)`, or why no student can follow."""
-    whole, kept = identity_plan(teacher_config).stages, plan.stages
+    whole, kept = identity_plan(config).stages, plan.stages
     thin = [s for s, stage in enumerate(kept) if len(stage.down) < len(whole[s].down)]
     ticked = {f"second pair in stage {s}": s not in thin for s in range(len(whole))}
     ticked |= {"mid block": plan.mid, "innermost stage": len(kept) == len(whole)}
@@ -54,8 +49,8 @@ def plan_toggles(
     def figures() -> list[Figure]:
         *pairs, mid, innermost = (box.value for box in boxes)
         thin = [s for s, pair in enumerate(pairs) if not pair]
-        own = free_plan(teacher_config, thin, mid, len(whole) - (not innermost))
-        return [architecture(teacher_config, own), *([draw(own)] if draw else [])]
+        own = free_plan(config, thin, mid, len(whole) - (not innermost))
+        return [architecture(config, own), *([draw(own)] if draw else [])]
 
     _interactive(boxes, figures)
 
