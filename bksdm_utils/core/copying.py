@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
-from .plans import RemovalPlan, find_plan, student_config
+from .plans import RemovalPlan, resolve_plan, student_config
 
 _PAIR = re.compile(r"(down|up)_blocks\.(\d+)\.(?:(resnets|attentions)\.(\d+)\.)?(.+)")
 
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What became of every tensor: student names for `kept`, `moved` and `random`, teacher names for `removed`."""
+    """What became of every tensor: student names in `kept`, `moved` and `random`, teacher names in `removed`."""
 
     kept: tuple[str, ...]  # same name in both
-    moved: tuple[str, ...]  # from another place in the teacher
-    removed: tuple[str, ...]  # of the teacher, not carried over
+    moved: tuple[str, ...]  # from a tensor of another name
+    removed: tuple[str, ...]  # of the teacher, not copied
     random: tuple[str, ...]  # of the student, without a source
 
     def rows(self, names: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -51,7 +51,7 @@ def source_of(name: str, plan: RemovalPlan, teacher_stages: int) -> str:
 
 def weight_map(teacher_config: Mapping, plan: str | RemovalPlan) -> dict[str, str]:
     """Every student parameter name -> the teacher parameter name it is copied from."""
-    plan = find_plan(plan)
+    plan = resolve_plan(plan, teacher_config)
     student = empty_unet(student_config(teacher_config, plan))
     stages = len(teacher_config["block_out_channels"])
     return {name: source_of(name, plan, stages) for name in student.state_dict()}
@@ -61,7 +61,7 @@ def weight_map(teacher_config: Mapping, plan: str | RemovalPlan) -> dict[str, st
 def copy_weights(
     teacher_unet: UNet2DConditionModel, student_unet: UNet2DConditionModel, plan: str | RemovalPlan
 ) -> CopyReport:
-    """Fills the student with the teacher's weights, bit by bit.
+    """Fills the student with the teacher's weights, bit for bit.
 
     Raises:
         ValueError: a student tensor has no source of its shape in the teacher; the student is then unchanged.
@@ -71,8 +71,8 @@ def copy_weights(
     bad = [n for n, s in names.items() if n not in target or s not in source or target[n].shape != source[s].shape]
     if bad or len(names) != len(target):
         raise ValueError(
-            f"the student does not follow plan {find_plan(plan).name!r}: {len(bad)} of its tensors have no source of "
-            f"their shape in the teacher (first: {bad[:1]}). Build it with surgery.build_student(teacher, plan)."
+            f"the student does not follow plan {getattr(plan, 'name', plan)!r}: {len(bad)} of its tensors have no "
+            f"source of their shape in the teacher (first: {bad[:1]}). Build it with build_student(teacher, plan)."
         )
     for name, origin in names.items():
         target[name].copy_(source[origin])

@@ -1,19 +1,29 @@
-"""All that differs between SD-v1, SD-v2 and SDXL."""
+"""All that differs between Stable Diffusion v1, v2 and SDXL.
+
+Versions 1 and 2 differ in their configs (heads, width of the text, ε or v) and need no code of their own; SDXL has two
+text encoders and conditions its U-Net on the pooled text and on image sizes too.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from diffusers import DiffusionPipeline
 
+from .plans import is_sdxl
+
+TEXT_TOKENS = 77
+
 
 class TextConditioning:
-    """The frozen text encoder(s) of a pipeline: token ids to what its U-Net is told beside latents and timesteps.
+    """The frozen text encoder(s) of a pipeline: token ids to the kwargs of its U-Net.
 
-    SDXL joins the last but one hidden states of two text encoders, and adds the pooled text of the second and the sizes
-    of the picture: original, crop and target; here always the whole picture.
+    SDXL concatenates the last but one hidden states of two text encoders, and adds the pooled text of the second and
+    the sizes of the image: original, crop and target; here always the whole image.
 
     Args:
-        resolution: pixels a side of the pictures; the pipeline's own by default.
+        resolution: pixels a side of the images; the pipeline's own by default.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
@@ -33,3 +43,31 @@ class TextConditioning:
         time_ids = hidden_states.new_tensor([self.side, self.side, 0, 0, self.side, self.side])
         added = {"text_embeds": outputs[1][0], "time_ids": time_ids.repeat(len(token_ids), 1)}
         return {"encoder_hidden_states": hidden_states, "added_cond_kwargs": added}
+
+
+def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> dict:
+    """Kwargs of a U-Net's forward pass, zeros of the right shapes; 77 text tokens.
+
+    Args:
+        sample_size: side of the latents; the config's own by default.
+    """
+    side = sample_size or config["sample_size"]
+    width = config["cross_attention_dim"]
+    width = width[0] if isinstance(width, (list, tuple)) else width
+    inputs = {
+        "sample": torch.zeros(batch_size, config["in_channels"], side, side, device=device),
+        "timestep": torch.zeros(batch_size, dtype=torch.long, device=device),
+        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, width, device=device),
+    }
+    if is_sdxl(config):
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(batch_size, pooled, device=device),
+            "time_ids": torch.zeros(batch_size, 6, device=device),
+        }
+    return inputs
+
+
+def vae_overflows_in_fp16(pipeline: DiffusionPipeline) -> bool:
+    """Whether the autoencoder's activations exceed fp16's range, as SDXL's do; bf16 is used instead."""
+    return is_sdxl(pipeline.unet.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +11,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from ..training.batches import Augmentation, _where, random_conditioning_probability
-from ..training.latents import LatentDataset
-from ..training.rng import BatchRng
-from ..training.streams import StreamedDataset
 from .taps import Taps
 
 
@@ -58,15 +54,18 @@ class KDLosses:
     feature: dict[str, torch.Tensor]
     total: torch.Tensor
 
+    def named(self) -> dict[str, torch.Tensor]:
+        """As they are logged: loss, loss_task, loss_output, loss_feature and one `feature/<tap>` for each tap."""
+        losses = {"loss": self.total, "loss_task": self.task, "loss_output": self.output}
+        losses["loss_feature"] = sum(self.feature.values(), torch.zeros_like(self.task))
+        return losses | {f"feature/{tap}": value for tap, value in self.feature.items()}
+
 
 def kd_losses(
-    prediction: torch.Tensor,
-    teacher_prediction: torch.Tensor,
-    target: torch.Tensor,
-    features: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    weights: LossWeights = LossWeights(),
+    prediction: torch.Tensor, teacher_prediction: torch.Tensor, target: torch.Tensor,
+    features: Mapping[str, tuple[torch.Tensor, torch.Tensor]], weights: LossWeights = LossWeights(),
     example_weights: torch.Tensor | None = None,
-) -> KDLosses:
+) -> KDLosses:  # fmt: skip
     """The paper's three losses, each a mean over all elements, in fp32.
 
     Args:
@@ -86,7 +85,7 @@ def kd_losses(
 
 
 def training_target(scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the U-Net is asked to predict: ε, or v = √ᾱ ε - √(1-ᾱ) x₀ for a v-prediction teacher."""
+    """What the U-Net predicts: ε, or v = √ᾱ ε - √(1-ᾱ) x₀ for a v-prediction teacher."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -95,30 +94,52 @@ def training_target(scheduler, latents: torch.Tensor, noise: torch.Tensor, times
     raise ValueError(f"the teacher predicts {kind!r}: expected epsilon or v_prediction")
 
 
+def clean_latents(scheduler, prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """x₀ that a prediction of ε or v at `timesteps` (B,) stands for, (B, 4, H, W)."""
+    alphas_cumprod = scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    signal, noise = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return signal * noisy - noise * prediction
+    return (noisy - noise * prediction) / signal
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step is about.
+
+    Attributes:
+        latents: (B, 4, H, W), scaled, of the training images.
+        noise: (B, 4, H, W), standard normal.
+        timesteps: (B,), whole numbers.
+        token_ids: (B, T), for SDXL's two text encoders (B, 2, T).
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    token_ids: torch.Tensor
+
+
 class Distillation:
-    """A teacher and a student on the same noisy latents; `losses` is the engine's loss function.
+    """A teacher and a student on the same noisy latents, compared at the taps and at the output.
 
     Args:
         teacher, student: U-Nets; the teacher is frozen, the student trained.
-        condition: `TextCondition` of the teacher's pipeline: token ids -> the U-Nets' further arguments.
+        conditioning: `families.TextConditioning` of the teacher's pipeline: token ids -> kwargs of the U-Nets.
         scheduler: the DDPM noise schedule of the teacher.
-        data: latents and token ids.
         taps: what `tap_pairs` gives; none for training without feature distillation.
         weights: λ_sd, λ_out, λ_feat. With λ_feat 0 nothing is tapped, with λ_out 0 too the teacher does not run.
-        augmentation: what is done to captions and noise.
 
     Raises:
-        ValueError: `weights.taps` names a tap that there is not.
+        ValueError: `weights.taps` names an unknown tap.
     """
 
     def __init__(
-        self, teacher: UNet2DConditionModel, student, condition, scheduler,
-        data: LatentDataset | StreamedDataset, taps, weights,
-        augmentation: Augmentation = Augmentation(),
+        self, teacher: UNet2DConditionModel, student: UNet2DConditionModel, conditioning: Callable, scheduler,
+        taps: Sequence[tuple[str, str]], weights: LossWeights = LossWeights(),
     ):  # fmt: skip
         self.teacher = teacher.requires_grad_(False).eval()
-        self.condition, self.scheduler, self.data, self.weights = condition, scheduler, data, weights
-        self.augmentation = augmentation
+        self.conditioning, self.scheduler, self.weights = conditioning, scheduler, weights
         unknown = sorted(set(weights.taps) - {student for _, student in taps})
         if unknown:
             raise ValueError(f"weights for unknown taps {unknown}: expected some of {[s for _, s in taps]}")
@@ -126,52 +147,27 @@ class Distillation:
         self.teacher_taps = Taps(teacher, [t for t, _ in taps])
         self.student_taps = Taps(student, [s for _, s in taps])
 
-    def losses(self, student: nn.Module, draw: BatchRng) -> dict[str, torch.Tensor]:
-        """One micro-batch: loss, loss_task, loss_output, loss_feature and one `feature/<tap>` for each tap."""
-        kd = self.kd_losses(student, draw)
-        losses = {"loss": kd.total, "loss_task": kd.task, "loss_output": kd.output}
-        losses["loss_feature"] = sum(kd.feature.values(), torch.zeros_like(kd.task))
-        return losses | {f"feature/{tap}": value for tap, value in kd.feature.items()}
-
-    def kd_losses(self, student: nn.Module, draw: BatchRng) -> KDLosses:
-        """`losses` before they are named for the log."""
-        latents, token_ids = self.data.batch(draw, self.teacher.device)
-        noise = draw.normal(*latents.shape[1:]).to(latents)
-        timesteps = draw.integers(self.scheduler.config.num_train_timesteps).to(latents.device)
-        noise, token_ids = self._augmented(draw, noise, token_ids, timesteps)
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+    def losses(self, student: nn.Module, batch: Batch) -> KDLosses:
+        """The losses of one batch; `student` may be a wrapper around the tapped network."""
+        noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         self.teacher_taps.listen()
         self.student_taps.listen()
         with torch.no_grad():
-            condition = self.condition(token_ids)
-            teacher_prediction = self._teacher(noisy_latents, timesteps, condition)
-        prediction = student(noisy_latents, timesteps, **condition).sample
-        target = training_target(self.scheduler, latents, noise, timesteps)
+            kwargs = self.conditioning(batch.token_ids)
+            teacher_prediction = self._teacher(noisy_latents, batch.timesteps, kwargs)
+        prediction = student(noisy_latents, batch.timesteps, **kwargs).sample
+        target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
         pairs = zip(self.student_taps.take(), self.teacher_taps.take(), strict=True)
         features = dict(zip(self.student_taps.names, pairs, strict=True))
         if teacher_prediction is None:
             teacher_prediction = prediction.detach()
         gamma = self.weights.min_snr_gamma
-        example_weights = min_snr_weights(self.scheduler, timesteps, gamma) if gamma else None
+        example_weights = min_snr_weights(self.scheduler, batch.timesteps, gamma) if gamma else None
         return kd_losses(prediction, teacher_prediction, target, features, self.weights, example_weights)
 
-    def _augmented(self, draw: BatchRng, noise, token_ids, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise and token ids after `augmentation`; what is off draws no random number, so it changes no other."""
-        chosen = self.augmentation
-        if chosen.noise_offset:
-            noise = noise + chosen.noise_offset * draw.normal(noise.shape[1], 1, 1).to(noise)
-        if chosen.random_conditioning:
-            total = self.scheduler.config.num_train_timesteps
-            probability = random_conditioning_probability(timesteps.cpu(), total, chosen.random_conditioning)
-            others, replaced = self.data.other_token_ids(draw), draw.uniform() < probability
-            token_ids = _where(replaced, others, token_ids)
-        if chosen.caption_dropout:
-            token_ids = _where(draw.uniform() < chosen.caption_dropout, self.data.empty_ids, token_ids)
-        return noise, token_ids
-
-    def _teacher(self, noisy_latents, timesteps, condition: dict) -> torch.Tensor | None:
+    def _teacher(self, noisy_latents, timesteps, kwargs: dict) -> torch.Tensor | None:
         if self.weights.kd_output or self.teacher_taps.names:
-            return self.teacher(noisy_latents, timesteps, **condition).sample
+            return self.teacher(noisy_latents, timesteps, **kwargs).sample
         return None
 
     def close(self) -> None:
@@ -184,6 +180,6 @@ class Distillation:
 def prediction_distance(
     teacher: UNet2DConditionModel, student: UNet2DConditionModel, inputs: Sequence[Mapping]
 ) -> float:
-    """Mean squared distance between the predictions of both on `probe_inputs`: L_OutKD before any training."""
+    """Mean squared distance between the predictions of both for several kwargs: L_OutKD before any training."""
     distances = [F.mse_loss(student(**i).sample.float(), teacher(**i).sample.float()).item() for i in inputs]
     return sum(distances) / len(distances)

@@ -8,12 +8,10 @@ An attention holds one transformer block in Stable Diffusion v1 and v2, up to te
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, product
-from pathlib import Path
-
-from ..files import resolve
+from functools import partial
+from itertools import groupby, product, zip_longest
 
 PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads",
              "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block")  # fmt: skip
@@ -90,13 +88,13 @@ class RemovalPlan:
 
     def check(self, teacher_config: Mapping) -> None:
         """Raises ValueError, saying which rule is broken, if no student of this teacher can follow the plan."""
-        _check_unet(teacher_config)
+        check_unet(teacher_config)
         channels, depths = list(teacher_config["block_out_channels"]), attention_depths(teacher_config)
         kept, total = len(self.stages), len(channels)
         if not 1 <= kept <= total:
             raise ValueError(
                 f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total} "
-                "(surgery.variants_of(teacher_config) gives the named plans that fit)"
+                "(named_plans(teacher_config) has those that fit)"
             )
         if kept < total and channels[kept - 1] != channels[kept]:
             raise ValueError(
@@ -188,39 +186,66 @@ def _up_input(widths: Sequence[int], stage: int, pair: int, layers: int) -> tupl
     return below, widths[max(stage - 1, 0)] if pair == layers else widths[stage]
 
 
-def plan_of(
-    name: str, down=(0,), up=(0, 2), stages: int = 4, mid: bool = True, depths: Sequence[int | None] = ()
+def paper_plan(
+    teacher_config: Mapping, name: str, *, mid: bool = True, innermost: bool = True, depths: Sequence[int | None] = ()
 ) -> RemovalPlan:
-    """A plan that keeps the same pairs in every stage; `depths` has one entry for each stage, or none."""
-    depths = depths or (None,) * stages
-    return RemovalPlan(name, tuple(Stage(tuple(down), tuple(up), depth) for depth in depths), mid)
+    """The paper's rule: of every stage the second pairs go; where asked also the mid block and the innermost stage.
+
+    Each stage keeps its first pair on the way down, and its first and last on the way up.
+
+    Args:
+        mid, innermost: whether the mid block and the innermost stage stay.
+        depths: transformer blocks that stay in each stage's attentions, as in KOALA; None keeps all.
+    """
+    count = len(teacher_config["block_out_channels"])
+    kept = free_plan(teacher_config, range(count), mid, count if innermost else count - 1, name)
+    stages = zip_longest(kept.stages, depths[: len(kept.stages)])
+    return replace(kept, stages=tuple(replace(stage, depth=depth) for stage, depth in stages))
 
 
-SD_VARIANTS: dict[str, RemovalPlan] = {
-    "bk_base": plan_of("bk_base"),
-    "bk_small": plan_of("bk_small", mid=False),
-    "bk_tiny": plan_of("bk_tiny", stages=3, mid=False),
+Rule = Callable[[Mapping], RemovalPlan]  # of a teacher's config
+SD_VARIANTS: dict[str, Rule] = {
+    "bk_base": partial(paper_plan, name="bk_base"),
+    "bk_small": partial(paper_plan, name="bk_small", mid=False),
+    "bk_tiny": partial(paper_plan, name="bk_tiny", mid=False, innermost=False),
 }
-
-
-SDXL_VARIANTS: dict[str, RemovalPlan] = {
-    "bk_sdxl_base": plan_of("bk_sdxl_base", stages=3),
-    "bk_sdxl_small": plan_of("bk_sdxl_small", stages=3, mid=False),
-    "koala_1b": plan_of("koala_1b", depths=(None, None, 6)),
-    "koala_700m": plan_of("koala_700m", depths=(None, None, 5), mid=False),
+SDXL_VARIANTS: dict[str, Rule] = {
+    "bk_sdxl_base": partial(paper_plan, name="bk_sdxl_base"),
+    "bk_sdxl_small": partial(paper_plan, name="bk_sdxl_small", mid=False),
+    "koala_1b": partial(paper_plan, name="koala_1b", depths=(None, None, 6)),
+    "koala_700m": partial(paper_plan, name="koala_700m", mid=False, depths=(None, None, 5)),
 }
-
-
-VARIANTS: dict[str, RemovalPlan] = SD_VARIANTS | SDXL_VARIANTS
-
-
+VARIANTS: dict[str, Rule] = SD_VARIANTS | SDXL_VARIANTS
 ALIASES = {"sd_small": "bk_base", "sd_tiny": "bk_tiny"}  # segmind/distill-sd's names for the same plans
 
 
-def variants_of(teacher_config: Mapping) -> dict[str, RemovalPlan]:
+def is_sdxl(config: Mapping) -> bool:
+    """Whether a U-Net config is SDXL's, which adds a pooled text embedding and sizes to its time embedding."""
+    return config.get("addition_embed_type") == "text_time"
+
+
+def named_plans(teacher_config: Mapping) -> dict[str, RemovalPlan]:
     """The named plans made for a teacher of this kind that fit it: SDXL's, or Stable Diffusion's."""
-    family = SDXL_VARIANTS if teacher_config.get("addition_embed_type") == "text_time" else SD_VARIANTS
-    return {name: plan for name, plan in family.items() if fits(plan, teacher_config)}
+    rules = SDXL_VARIANTS if is_sdxl(teacher_config) else SD_VARIANTS
+    plans = {name: rule(teacher_config) for name, rule in rules.items()}
+    return {name: plan for name, plan in plans.items() if fits(plan, teacher_config)}
+
+
+def check_variant(name: str) -> str:
+    """A variant's own name, for an alias the name it stands for.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if ALIASES.get(name, name) not in VARIANTS:
+        same = ", ".join(f"{alias} (the same as {own})" for alias, own in ALIASES.items())
+        raise ValueError(f"unknown variant {name!r}: expected one of {', '.join(VARIANTS)}, {same}, or a .json file")
+    return ALIASES.get(name, name)
+
+
+def resolve_plan(plan: str | RemovalPlan, teacher_config: Mapping) -> RemovalPlan:
+    """A plan by its name in `VARIANTS` or `ALIASES`, or itself."""
+    return plan if isinstance(plan, RemovalPlan) else VARIANTS[check_variant(plan)](teacher_config)
 
 
 def fits(plan: RemovalPlan, teacher_config: Mapping) -> bool:
@@ -232,26 +257,6 @@ def fits(plan: RemovalPlan, teacher_config: Mapping) -> bool:
     return True
 
 
-def find_plan(plan: str | RemovalPlan) -> RemovalPlan:
-    """A plan by its name in `VARIANTS` or `ALIASES`, from a .json file that `RemovalPlan.to_json` wrote, or itself.
-
-    Raises:
-        ValueError: the name is unknown, or the file is missing or malformed.
-    """
-    if isinstance(plan, RemovalPlan):
-        return plan
-    if str(plan).endswith(".json"):
-        path = Path(resolve(plan))
-        if not path.is_file():
-            raise ValueError(f"{plan} is missing: write a plan there with RemovalPlan.to_json()")
-        return RemovalPlan.from_json(path.read_text(encoding="utf-8"))
-    known = VARIANTS.get(ALIASES.get(plan, plan))
-    if known is None:
-        same = ", ".join(f"{alias} (the same as {name})" for alias, name in ALIASES.items())
-        raise ValueError(f"unknown variant {plan!r}: expected one of {', '.join(VARIANTS)}, {same}, or a .json file")
-    return known
-
-
 def identity_plan(teacher_config: Mapping) -> RemovalPlan:
     """The plan that removes nothing."""
     stages = tuple(Stage(tuple(range(n)), tuple(range(n + 1))) for n in layers_per_stage(teacher_config))
@@ -259,12 +264,9 @@ def identity_plan(teacher_config: Mapping) -> RemovalPlan:
 
 
 def free_plan(
-    teacher_config: Mapping,
-    thin: Sequence[int] = (),
-    mid: bool = True,
-    stages: int | None = None,
+    teacher_config: Mapping, thin: Sequence[int] = (), mid: bool = True, stages: int | None = None,
     name: str = "own plan",
-) -> RemovalPlan:
+) -> RemovalPlan:  # fmt: skip
     """A plan by what it removes.
 
     Args:
@@ -330,7 +332,7 @@ def student_config(teacher_config: Mapping, plan: str | RemovalPlan) -> dict:
     Raises:
         ValueError: the plan is unknown or does not fit the teacher, or the teacher is not Stable-Diffusion-shaped.
     """
-    plan = find_plan(plan)
+    plan = resolve_plan(plan, teacher_config)
     plan.check(teacher_config)
     kept = len(plan.stages)
     config = {k: v for k, v in teacher_config.items() if not k.startswith("_")}
@@ -348,7 +350,8 @@ def student_config(teacher_config: Mapping, plan: str | RemovalPlan) -> dict:
     return config
 
 
-def _check_unet(config: Mapping) -> None:
+def check_unet(config: Mapping) -> None:
+    """Raises ValueError for a config that is no Stable-Diffusion-shaped U-Net's."""
     needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim")
     missing = [key for key in needed if config.get(key) is None]
     if missing:

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
-from .copying import empty_unet
+from .copying import copy_weights, empty_unet
 from .plans import (
     PER_STAGE,
     RemovalPlan,
     Stage,
-    _check_unet,
     attention_depths,
+    check_unet,
     identity_plan,
     layers_per_stage,
+    named_plans,
     student_config,
-    variants_of,
 )
 
 
 def random_unet(config: Mapping, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A U-Net of this config with weights that mean nothing, made quickly: for timing, which they do not influence."""
+    """A U-Net of this config with arbitrary weights, made quickly: for timing, which they do not influence."""
     unet = empty_unet(config).to_empty(device=device).to(memory_format=torch.channels_last)
     unet = unet if unet.dtype == dtype else unet.to(dtype)
     for tensor in unet.parameters():
@@ -38,10 +38,8 @@ def build_student(
     """The student of `teacher_unet`, on its device and in its dtype.
 
     Args:
-        copy: carry the teacher's weights over (section 3.1); otherwise they are random, drawn with `seed`.
+        copy: copy the teacher's weights (section 3.1); otherwise they are random, from `seed`.
     """
-    from .copying import copy_weights
-
     config = student_config(teacher_unet.config, plan)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -85,13 +83,13 @@ def recognise(config: Mapping, teachers: Mapping[str, Mapping]) -> Recognition:
     Raises:
         ValueError: the config is no Stable-Diffusion-shaped U-Net's.
     """
-    _check_unet(config)
+    check_unet(config)
     found = [_recognise(config, name, teacher) for name, teacher in teachers.items()]
     return min(found, key=lambda r: (len(r.differences), r.plan is None))
 
 
 def _recognise(config: Mapping, name: str, teacher: Mapping) -> Recognition:
-    candidates = [identity_plan(teacher), *variants_of(teacher).values()]
+    candidates = [identity_plan(teacher), *named_plans(teacher).values()]
     try:
         candidates.append(_plan_by_counts(config, teacher))
     except ValueError as error:

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from .copying import source_of
-from .plans import RemovalPlan, attention_depths, find_plan, layers_per_stage
+from .plans import RemovalPlan, attention_depths, layers_per_stage, resolve_plan
 
 KD_KINDS = ("block", "self_attention")
 
@@ -30,7 +30,7 @@ def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block
     """
     if kd not in KD_KINDS:
         raise ValueError(f"kd is {kd!r}: expected one of {', '.join(KD_KINDS)}")
-    plan = find_plan(plan)
+    plan = resolve_plan(plan, teacher_config)
     pairs = _block_taps(plan, teacher_config)
     return pairs if kd == "block" else _self_attention_taps(plan, teacher_config, pairs)
 
@@ -65,7 +65,7 @@ class Taps:
     """Keeps the outputs of named modules of one model, from `listen` until `take`.
 
     Modules are held by reference, so wrapping the model later does not lose them. Passes outside of `listen` … `take`
-    leave no trace: neither a validation's drawing nor the second pass of gradient checkpointing, whose outputs carry
+    leave no trace: neither sampling for a validation nor the second pass of gradient checkpointing, whose outputs carry
     no gradient.
     """
 

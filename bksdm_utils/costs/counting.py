@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config.presets import Preset
+from ..config.shared import Teacher
 from ..core.copying import empty_unet
+from ..core.families import unet_inputs
+from ..core.plans import is_sdxl
 from ..models.configs import teacher_config
-
-TEXT_TOKENS = 77
 
 
 class ModuleCosts(NamedTuple):
@@ -51,37 +51,14 @@ class Costs:
     @property
     def by_block(self) -> dict[str, ModuleCosts]:
         """The part of `by_module` that adds up to the whole: stages ("down_blocks.0" …), mid block, ends."""
-        return {name: costs for name, costs in self.by_module.items() if _is_block(name) and costs.params}
-
-
-def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> dict:
-    """Arguments of a U-Net's forward pass, zeros of the right shapes; 77 text tokens.
-
-    Args:
-        sample_size: side of the latents; the config's own by default.
-    """
-    side = sample_size or config["sample_size"]
-    width = config["cross_attention_dim"]
-    width = width[0] if isinstance(width, (list, tuple)) else width
-    inputs = {
-        "sample": torch.zeros(batch_size, config["in_channels"], side, side, device=device),
-        "timestep": torch.zeros(batch_size, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, width, device=device),
-    }
-    if config.get("addition_embed_type") == "text_time":  # SDXL: a pooled text embedding, and six numbers of sizes
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(batch_size, pooled, device=device),
-            "time_ids": torch.zeros(batch_size, 6, device=device),
-        }
-    return inputs
+        return {name: costs for name, costs in self.by_module.items() if is_block(name) and costs.params}
 
 
 def count(unet: UNet2DConditionModel | Mapping, sample_size: int | None = None) -> Costs:
     """Counts a U-Net or U-Net config on the meta device, without memory or time.
 
     Args:
-        sample_size: side of the latents in pixels; the config's own by default (64 is a picture of 512 for SD-v1).
+        sample_size: side of the latents in pixels; the config's own by default (64 is an image of 512 for SD-v1).
     """
     unet = empty_unet(unet.config if isinstance(unet, nn.Module) else unet)
     return _count(unet, **unet_inputs(unet.config, sample_size))
@@ -91,7 +68,7 @@ def count_vae(config: Mapping, resolution: int) -> dict[str, Costs]:
     """Counts a VAE's decoder and encoder by its config.
 
     Args:
-        resolution: side of the picture in pixels.
+        resolution: side of the image in pixels.
     """
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(config))
@@ -114,15 +91,15 @@ def count_text_encoder(config: Mapping, num_tokens: int | None = None) -> Costs:
     return _count(model, tokens)
 
 
-def count_pipeline(preset: Preset) -> dict[str, Costs]:
-    """Counts everything that makes a picture at the preset's resolution: text encoder(s), U-Net, VAE."""
-    vae = teacher_config(preset, "vae")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    unet = teacher_config(preset)
-    parts = {"text encoder": count_text_encoder(teacher_config(preset, "text_encoder"))}
-    if unet.get("addition_embed_type") == "text_time":
-        parts["text encoder 2"] = count_text_encoder(teacher_config(preset, "text_encoder_2"))
-    return parts | {"U-Net": count(unet, preset.resolution // factor), **count_vae(vae, preset.resolution)}
+def count_pipeline(config: Teacher) -> dict[str, Costs]:
+    """Counts everything that makes an image at the preset's resolution: text encoder(s), U-Net, VAE."""
+    resolution, unet = config.chosen_preset.common["resolution"], teacher_config(config)
+    vae = teacher_config(config, "vae")
+    parts = {"text encoder": count_text_encoder(teacher_config(config, "text_encoder"))}
+    if is_sdxl(unet):
+        parts["text encoder 2"] = count_text_encoder(teacher_config(config, "text_encoder_2"))
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    return parts | {"U-Net": count(unet, side), **count_vae(vae, resolution)}
 
 
 def _count(model: nn.Module, *inputs: torch.Tensor, **named: object) -> Costs:
@@ -157,7 +134,8 @@ def block_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
 
 
-def _is_block(name: str) -> bool:
+def is_block(name: str) -> bool:
+    """Whether a module is one of the top-level blocks."""
     return name == block_of(name) and name not in ("", "down_blocks", "up_blocks")
 
 

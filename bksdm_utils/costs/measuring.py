@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .counting import _is_block, unet_inputs
+from ..core.families import unet_inputs
+from .counting import is_block
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def interleaved_latency(
     unets: Mapping[str, nn.Module], repeats: int = 10, batch_size: int = 1, sample_size: int | None = None,
     warmup: int = 1, compiled: bool = False,
 ) -> dict[str, Latency]:  # fmt: skip
-    """Times several U-Nets in turn, A B A B …, so that a machine's drift falls on all of them alike.
+    """Times several U-Nets in turn, A B A B …, so that background load affects all of them alike.
 
     Args:
         sample_size: side of the latents; each U-Net's own by default.
@@ -59,7 +60,7 @@ def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int
         return time.perf_counter()
 
     for name, module in unet.named_modules():
-        if _is_block(name):
+        if is_block(name):
             handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
             handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
     inputs = _real_inputs(unet, batch_size, None)
@@ -74,8 +75,7 @@ def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int
 def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1, sample_size: int | None = None) -> int:
     """Bytes that one forward pass needs at its peak: weights, inputs and activations.
 
-    On a GPU as its allocator counts them; on a CPU the bytes of all tensors alive at once, without what the libraries
-    below take for themselves.
+    On a GPU as its allocator counts them; on a CPU the bytes of all tensors alive at once, without the libraries' own.
     """
     inputs = _real_inputs(unet, batch_size, sample_size)
     if unet.device.type == "cuda":
