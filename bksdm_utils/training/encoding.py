@@ -13,18 +13,19 @@ from ..data.images import to_pixels
 
 
 def encoding_batch(resolution: int) -> int:
-    """Pictures that the VAE encodes at once: a few GB of activations."""
+    """Images that the VAE encodes at once: a few GB of activations."""
     return min(32, max(1, 4 * 512**2 // resolution**2))
 
 
 def posterior(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (B, 4, h, w) of pictures (B, 3, H, W) in the VAE's scaled latents, fp32."""
+    """Mean and standard deviation (B, 4, h, w) of images (B, 3, H, W) in the VAE's scaled latents, fp32."""
     vae = pipeline.vae
-    found, factor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
-    return found.mean.float() * factor, found.std.float() * factor
+    moments, factor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist, vae.config.scaling_factor
+    return moments.mean.float() * factor, moments.std.float() * factor
 
 
-def _tokenizers(pipeline: DiffusionPipeline) -> list:
+def tokenizers(pipeline: DiffusionPipeline) -> list:
+    """The pipeline's one tokenizer, SDXL's two."""
     named = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
     return [tokenizer for tokenizer in named if tokenizer is not None]
 
@@ -34,19 +35,19 @@ def token_ids(pipeline: DiffusionPipeline, captions: Sequence[str]) -> torch.Ten
     ids = [
         tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                   return_tensors="pt").input_ids
-        for tokenizer in _tokenizers(pipeline)
+        for tokenizer in tokenizers(pipeline)
     ]  # fmt: skip
     return ids[0] if len(ids) == 1 else torch.stack(ids, 1)
 
 
 @torch.no_grad()
 def probe_inputs(
-    pipeline: DiffusionPipeline, pictures: Sequence[Image.Image], captions: Sequence[str], seed: int = 0,
+    pipeline: DiffusionPipeline, images: Sequence[Image.Image], captions: Sequence[str], seed: int = 0,
     timesteps: Sequence[int] = (100, 300, 500, 700, 900),
 ) -> list[dict]:  # fmt: skip
-    """U-Net arguments to compare networks on: pictures as latents, each noised to every timestep, with its caption."""
+    """U-Net kwargs to compare networks on: images as latents, each noised to every timestep, with its caption."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    latents, _ = posterior(pipeline, torch.stack([to_pixels(picture, side) for picture in pictures]))
+    latents, _ = posterior(pipeline, torch.stack([to_pixels(image, side) for image in images]))
     condition = TextConditioning(pipeline)(token_ids(pipeline, captions).to(latents.device))
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     generator, inputs = torch.Generator().manual_seed(seed), []

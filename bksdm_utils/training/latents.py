@@ -16,35 +16,33 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..config.presets import Preset
+from ..config.training import TrainingData
 from ..data.examples import Example, Skipped, load_examples
 from ..data.images import to_pixels
 from ..files import ROOT, check_disk, in_threads
-from .encoding import _tokenizers, encoding_batch, posterior, token_ids
+from .encoding import encoding_batch, posterior, token_ids, tokenizers
 from .rng import BatchRng
+from .step import shared_work
 from .streams import StreamedDataset
-from .trainer import shared_work
 
 SHARD_SIZE = 1024  # examples in one file of the cache: 134 MB at 512 pixels with both flips
 
 
-def load_data(
-    preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None, seed: int = 0
-) -> LatentDataset | StreamedDataset:
-    """The preset's training data: from the cache, or where it is streamed as it comes, in an order of `seed`."""
-    return StreamedDataset(preset, pipeline, seed) if preset.streaming else load_latents(preset, pipeline, cache_dir)
+def load_data(config: TrainingData, pipeline: DiffusionPipeline, seed: int = 0) -> LatentDataset | StreamedDataset:
+    """The training data: from the latent cache, or streamed, then in an order of `seed`."""
+    return StreamedDataset(config, pipeline, seed) if config.streaming else load_latents(config, pipeline)
 
 
 class LatentDataset:
     """Latents and token ids of a data set; the latents stay on disk, mapped into memory.
 
     Attributes:
-        captions: the first caption of each of the N pictures.
+        captions: the first caption of each of the N images.
         token_ids: of all M >= N captions, (M, T); SDXL's two tokenizers give (M, 2, T).
         empty_ids: (1, T), or (1, 2, T), of the empty caption.
-        skipped: (name, reason) of every picture set aside.
+        skipped: (name, reason) of every image set aside.
         key: the cache's, a hash of everything the latents depend on.
-        shape: of one picture's latents, (4, h, w).
+        shape: of one image's latents, (4, h, w).
     """
 
     def __init__(self, shards: Sequence[Path], examples: Sequence[Example], skipped: Skipped, empty_ids, key: str):
@@ -52,7 +50,7 @@ class LatentDataset:
         self.skipped = skipped + [tuple(s) for f in self._files for s in json.loads(f.metadata()["failed"])]
         index = torch.cat([f.get_tensor("index") for f in self._files])
         if not len(index):
-            raise ValueError(f"none of {len(examples)} pictures could be read (first: {self.skipped[:1]})")
+            raise ValueError(f"none of {len(examples)} images could be read (first: {self.skipped[:1]})")
         self.captions = [examples[i].captions[0] for i in index.tolist()]
         self.token_ids = torch.cat([f.get_tensor("token_ids") for f in self._files]).long()
         self.empty_ids, self.key = empty_ids, key
@@ -71,7 +69,7 @@ class LatentDataset:
         return len(self)
 
     def moments(self, indices: Sequence[int], sides: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w); side 1 is the mirrored picture."""
+        """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w); side 1 is the mirrored image."""
         pairs = zip(indices, sides, strict=True)
         places = [(int(np.searchsorted(self._starts, i, "right")) - 1, i, side) for i, side in pairs]
 
@@ -81,53 +79,53 @@ class LatentDataset:
 
         return found("mean"), found("std")
 
-    def batch(self, draw: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
-        mean, std = self.moments(draw.indices, draw.integers(self._sides).tolist())
-        latents = mean + std * draw.normal(*self.shape)
-        return latents.to(device), self.token_ids[self._chosen_captions(draw)].to(device)
+        mean, std = self.moments(rng.indices, rng.integers(self._sides).tolist())
+        latents = mean + std * rng.normal(*self.shape)
+        return latents.to(device), self.token_ids[self._chosen_captions(rng)].to(device)
 
-    def _chosen_captions(self, draw: BatchRng) -> torch.Tensor:
-        chosen = draw.choose(self._num_captions[draw.indices].tolist())
-        return self._first_caption[draw.indices] + torch.tensor(chosen)
+    def _chosen_captions(self, rng: BatchRng) -> torch.Tensor:
+        chosen = rng.choose(self._num_captions[rng.indices].tolist())
+        return self._first_caption[rng.indices] + torch.tensor(chosen)
 
-    def other_token_ids(self, draw: BatchRng) -> torch.Tensor:
-        """Token ids of captions chosen from all, whatever their pictures."""
-        return self.token_ids[draw.integers(len(self.token_ids))]
+    def other_token_ids(self, rng: BatchRng) -> torch.Tensor:
+        """Token ids of captions chosen from all, whatever their images."""
+        return self.token_ids[rng.integers(len(self.token_ids))]
 
 
-def load_latents(preset: Preset, pipeline: DiffusionPipeline, cache_dir: str | Path | None = None) -> LatentDataset:
-    """The preset's training data as latents; what the cache lacks is computed, shard by shard.
+def load_latents(config: TrainingData, pipeline: DiffusionPipeline) -> LatentDataset:
+    """The preset's training data as latents; what is missing in the cache is computed, shard by shard.
 
-    The cache's key is a hash of every picture and caption, the VAE's weights, the tokenizers, resolution and mirroring;
-    for a table, of what `datasets` knows it by instead of its pictures: for files their place and time of change.
-    A build that was killed goes on with the shards that are missing; several processes share them.
+    The cache's key is a hash of every image and caption, the VAE's weights, the tokenizers, resolution and mirroring;
+    for a table, of `datasets`' fingerprint instead of its images: for files their path and time of change.
+    A build that was killed continues with the missing shards; several processes share them.
 
     Raises:
         ValueError: no usable data, or too little disk for the cache.
         OSError: a shard could not be written; those before it are kept.
     """
-    examples, skipped = load_examples(preset)
-    key = _cache_key(examples, preset, pipeline)
-    folder = Path(cache_dir or ROOT / "outputs" / "cache") / f"latents-{key}"
+    examples, skipped = load_examples(config)
+    key = _cache_key(examples, config, pipeline)
+    folder = Path(config.cache_dir or ROOT / "outputs" / "cache") / f"latents-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = [folder / f"{number:05}.safetensors" for number in range(-(-len(examples) // SHARD_SIZE))]
     missing = sum(not _readable(path) for path in shards)
-    check_disk(folder, cache_bytes(preset, pipeline, missing * SHARD_SIZE), "the cache of latents")
+    check_disk(folder, cache_bytes(config, pipeline, missing * SHARD_SIZE), "the cache of latents")
     for number in shared_work(len(shards), pipeline.device):
         chosen = range(number * SHARD_SIZE, min(len(examples), (number + 1) * SHARD_SIZE))
         if not _readable(shards[number]):
-            _write_shard(shards[number], encode(examples, chosen, preset, pipeline), f"{number + 1}/{len(shards)}")
+            _write_shard(shards[number], encode(examples, chosen, config, pipeline), f"{number + 1}/{len(shards)}")
     for part in folder.glob("*.part*") if missing else ():
         if time.time() - part.stat().st_mtime > 3600:  # of builds that were killed, not of one beside this
             part.unlink(missing_ok=True)
     return LatentDataset(shards, examples, skipped, token_ids(pipeline, [""]), key)
 
 
-def cache_bytes(preset: Preset, pipeline: DiffusionPipeline, num_examples: int) -> int:
-    """Bytes of the cached latents: fp16 mean and standard deviation, for both flips where pictures may be mirrored."""
-    side = preset.resolution // pipeline.vae_scale_factor
-    return num_examples * (1 + preset.flip) * 2 * 2 * pipeline.vae.config.latent_channels * side**2
+def cache_bytes(config: TrainingData, pipeline: DiffusionPipeline, num_examples: int) -> int:
+    """Bytes of the cached latents: fp16 mean and standard deviation, for both flips where images may be mirrored."""
+    side = config.resolution // pipeline.vae_scale_factor
+    return num_examples * (1 + config.flip) * 2 * 2 * pipeline.vae.config.latent_channels * side**2
 
 
 def _readable(path: Path) -> bool:
@@ -138,12 +136,12 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: DiffusionPipeline) -> str:
-    about = f"2-{preset.resolution}-centre-{preset.flip}-{pipeline.vae.config.scaling_factor}-{SHARD_SIZE}"
-    digest = hashlib.sha256(about.encode())
+def _cache_key(examples: Sequence[Example], config: TrainingData, pipeline: DiffusionPipeline) -> str:
+    facts = f"2-{config.resolution}-centre-{config.flip}-{pipeline.vae.config.scaling_factor}-{SHARD_SIZE}"
+    digest = hashlib.sha256(facts.encode())
     for example in examples:
         digest.update("\x00".join((example.key, *example.captions)).encode())
-    for tokenizer in _tokenizers(pipeline):
+    for tokenizer in tokenizers(pipeline):
         vocabulary = sorted(tokenizer.get_vocab().items())
         digest.update(f"{tokenizer.model_max_length}{vocabulary}".encode())
     for tensor in pipeline.vae.state_dict().values():
@@ -152,16 +150,16 @@ def _cache_key(examples: Sequence[Example], preset: Preset, pipeline: DiffusionP
 
 
 @torch.no_grad()
-def encode(examples: Sequence[Example], chosen: range, preset: Preset, pipeline: DiffusionPipeline) -> dict:
+def encode(examples: Sequence[Example], chosen: range, config: TrainingData, pipeline: DiffusionPipeline) -> dict:
     """One shard: scaled moments of the VAE's posterior in fp16, mean and std (n, F, 4, h, w), F 2 with mirrored
-    pictures; `index` of the examples used (n,); `token_ids` of their captions; `failed`, (name, reason) of the others.
+    images; `index` of the examples used (n,); `token_ids` of their captions; `failed`, (name, reason) of the others.
     """
-    sides, failed = 1 + preset.flip, []
-    size = preset.resolution // pipeline.vae_scale_factor
+    sides, failed = 1 + config.flip, []
+    size = config.resolution // pipeline.vae_scale_factor
     moments = [torch.zeros(0, sides, 2, pipeline.vae.config.latent_channels, size, size)]
     index: list[int] = []
-    opened = _opened(examples, chosen, preset.resolution, failed)
-    for batch in _batches(opened, encoding_batch(preset.resolution)):
+    opened = _opened(examples, chosen, config.resolution, failed)
+    for batch in _batches(opened, encoding_batch(config.resolution)):
         index += [i for i, _ in batch]
         pixels = torch.stack([pixels for _, pixels in batch])
         flipped = [pixels, pixels.flip(-1)][:sides]
@@ -177,8 +175,8 @@ def _opened(examples, chosen: range, resolution: int, failed: Skipped) -> Iterat
     def opened(i: int):
         try:
             return i, to_pixels(examples[i].open(), resolution), None
-        except Exception as error:  # PIL raises many kinds for a broken file; each sets that one picture aside
-            return i, None, f"unreadable picture: {error}"
+        except Exception as error:  # PIL raises many kinds for a broken file; each sets that one image aside
+            return i, None, f"unreadable image: {error}"
 
     for i, pixels, reason in in_threads(opened, chosen):
         if pixels is not None:

@@ -33,8 +33,8 @@ class BatchRng:
 
     @cached_property
     def indices(self) -> list[int]:
-        places = [self.step * self.global_batch_size + p for p in self.positions]
-        epochs = [divmod(place, self.num_examples) for place in places]
+        positions = [self.step * self.global_batch_size + p for p in self.positions]
+        epochs = [divmod(position, self.num_examples) for position in positions]
         return [int(_shuffled(self.seed, epoch, self.num_examples)[i]) for epoch, i in epochs]
 
     @cached_property

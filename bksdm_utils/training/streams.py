@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from ..config.presets import Preset
+from ..config.training import TrainingData
 from ..data.examples import captions_of, open_table
 from ..data.images import open_image, to_pixels
 from ..files import in_threads
@@ -36,37 +36,37 @@ class StreamedDataset:
 
     num_examples = None
 
-    def __init__(self, preset: Preset, pipeline: DiffusionPipeline, seed: int = 0):
-        self.preset, self.pipeline, self.seed = preset, pipeline, seed
+    def __init__(self, config: TrainingData, pipeline: DiffusionPipeline, seed: int = 0):
+        self.config, self.pipeline, self.seed = config, pipeline, seed
         self.empty_ids, self.skipped, self._known = token_ids(pipeline, [""]), [], set()
-        self.key = (f"{preset.train_data_dir} {preset.image_column} {preset.caption_column} {preset.resolution} "
-                    f"{preset.flip}")  # fmt: skip
-        side = preset.resolution // pipeline.vae_scale_factor
+        self.key = (f"{config.train_data_dir} {config.image_column} {config.caption_column} {config.resolution} "
+                    f"{config.flip}")  # fmt: skip
+        side = config.resolution // pipeline.vae_scale_factor
         self.shape = (pipeline.vae.config.latent_channels, side, side)
-        self._table = open_table(preset, streaming=True)
+        self._table = open_table(config, streaming=True)
         self._reader = ThreadPoolExecutor(1)  # reads one global batch ahead
         self._stream, self._place, self._ahead, self._now = None, 0, None, (-1, [])
 
-    def batch(self, draw: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
-        rows = self._global_batch(draw.step, draw.global_batch_size)
-        found = list(in_threads(lambda position: self._usable(rows, position), draw.positions))
-        sides = draw.integers(1 + self.preset.flip).tolist()
-        pixels = torch.stack([p.flip(-1) if side else p for (p, _), side in zip(found, sides, strict=True)])
+        rows = self._global_batch(rng.step, rng.global_batch_size)
+        opened = list(in_threads(lambda position: self._usable(rows, position), rng.positions))
+        sides = rng.integers(1 + self.config.flip).tolist()
+        pixels = torch.stack([p.flip(-1) if side else p for (p, _), side in zip(opened, sides, strict=True)])
         with torch.no_grad():
-            parts = [posterior(self.pipeline, part) for part in pixels.split(encoding_batch(self.preset.resolution))]
+            parts = [posterior(self.pipeline, part) for part in pixels.split(encoding_batch(self.config.resolution))]
         mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
-        latents = mean.to(device) + std.to(device) * draw.normal(*self.shape).to(device)
-        chosen = draw.choose([len(captions) for _, captions in found])
-        texts = [captions[i] for (_, captions), i in zip(found, chosen, strict=True)]
+        latents = mean.to(device) + std.to(device) * rng.normal(*self.shape).to(device)
+        chosen = rng.choose([len(captions) for _, captions in opened])
+        texts = [captions[i] for (_, captions), i in zip(opened, chosen, strict=True)]
         return latents, token_ids(self.pipeline, texts).to(device)
 
-    def other_token_ids(self, draw: BatchRng) -> torch.Tensor:
-        """Token ids of captions chosen from those of the global batch, whatever their pictures."""
-        rows = self._global_batch(draw.step, draw.global_batch_size)
-        found = [self._captions(rows, i) for i in draw.integers(len(rows)).tolist()]
-        chosen = draw.choose([len(captions) for captions in found])
-        return token_ids(self.pipeline, [captions[i] for captions, i in zip(found, chosen, strict=True)])
+    def other_token_ids(self, rng: BatchRng) -> torch.Tensor:
+        """Token ids of captions chosen from those of the global batch, whatever their images."""
+        rows = self._global_batch(rng.step, rng.global_batch_size)
+        opened = [self._captions(rows, i) for i in rng.integers(len(rows)).tolist()]
+        chosen = rng.choose([len(captions) for captions in opened])
+        return token_ids(self.pipeline, [captions[i] for captions, i in zip(opened, chosen, strict=True)])
 
     def _captions(self, rows: Sequence[Mapping], position: int) -> tuple[str, ...]:
         for offset in range(len(rows)):
@@ -81,10 +81,10 @@ class StreamedDataset:
             row = rows[(position + offset) % len(rows)]
             try:
                 captions = captions_of(row["text"])
-                return to_pixels(open_image(row["image"]), self.preset.resolution), captions
-            except Exception as error:  # an unreadable picture, of whatever kind
+                return to_pixels(open_image(row["image"]), self.config.resolution), captions
+            except Exception as error:  # an unreadable image, of whatever kind
                 self._set_aside((row["image"] or {}).get("path") or row["row"], str(error))
-        raise ValueError(f"{self.preset.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
+        raise ValueError(f"{self.config.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
 
     def _set_aside(self, name: str, reason: str) -> None:
         if (name, reason) not in self._known:  # once, however many epochs come by it
@@ -113,12 +113,12 @@ class StreamedDataset:
         """All rows, epoch after epoch, shards and rows shuffled by (seed, epoch); a broken shard is set aside."""
         epoch = 0
         while True:
-            chance, count = np.random.default_rng((self.seed, epoch)), 0
-            for row in _shuffled(self._one_epoch(chance.permutation(self._table.num_shards)), chance):
+            order_rng, count = np.random.default_rng((self.seed, epoch)), 0
+            for row in _shuffled(self._one_epoch(order_rng.permutation(self._table.num_shards)), order_rng):
                 yield {**row, "row": f"epoch {epoch}, row {count}"}
                 count += 1
             if not count:
-                raise ValueError(f"{self.preset.train_data_dir} has no rows to read ({self.skipped[-1:]})")
+                raise ValueError(f"{self.config.train_data_dir} has no rows to read ({self.skipped[-1:]})")
             epoch += 1
 
     def _one_epoch(self, shards: Sequence[int]) -> Iterator[Mapping]:
@@ -131,13 +131,13 @@ class StreamedDataset:
                 self._set_aside(f"shard {shard}", f"{type(error).__name__}: {error}")
 
 
-def _shuffled(rows: Iterator, chance: np.random.Generator) -> Iterator:
+def _shuffled(rows: Iterator, order_rng: np.random.Generator) -> Iterator:
     buffer = []
     for row in rows:
         if len(buffer) < SHUFFLE_BUFFER:
             buffer.append(row)
             continue
-        place = int(chance.integers(SHUFFLE_BUFFER))
+        place = int(order_rng.integers(SHUFFLE_BUFFER))
         yield buffer[place]
         buffer[place] = row
-    yield from (buffer[i] for i in chance.permutation(len(buffer)))
+    yield from (buffer[i] for i in order_rng.permutation(len(buffer)))

@@ -1,0 +1,82 @@
+"""What a step reports, and what processes of one launch share."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+
+
+@dataclass(frozen=True)
+class Step:
+    """The report of one optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        losses: detached scalars, still on the device.
+        gradient_norm: before clipping.
+        skipped: whether the step was left out because its gradient was not finite.
+    """
+
+    step: int
+    losses: dict[str, torch.Tensor]
+    gradient_norm: float
+    skipped: bool
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+
+    def floats(self) -> dict[str, float]:
+        """Everything as plain numbers, and the memory in use in GB; here the losses leave the device."""
+        values = torch.stack([torch.as_tensor(value).float() for value in self.losses.values()]).tolist()
+        own = {"gradient_norm": self.gradient_norm, "skipped": float(self.skipped), "learning_rate": self.learning_rate}
+        pace = {"seconds": round(self.seconds, 3), "images_per_second": round(self.images_per_second, 2)}
+        return {"step": self.step, **dict(zip(self.losses, values, strict=True)), **own, **pace, "memory_gb": memory()}
+
+
+def memory() -> float:
+    """GB in use: the peak so far on a GPU, at present on the CPU."""
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return round(used / 1e9, 3)
+
+
+def shared_work(count: int, device: torch.device | str = "cpu") -> Iterator[int]:
+    """This process's share of range(count); at its end it waits for the others."""
+    state = PartialState(cpu=torch.device(device).type == "cpu")
+    yield from range(state.process_index, count, state.num_processes)
+    state.wait_for_everyone()
+
+
+def over_processes(function: Callable[[list[int]], torch.Tensor], count: int, device: str = "cpu") -> torch.Tensor:
+    """`function(range(count))`, each process computing its share of the rows; all get the whole."""
+    with PartialState(cpu=device == "cpu").split_between_processes(list(range(count))) as share:
+        return gather(function(share))
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM only append themselves to the list; a second SIGINT acts as before.
+
+    SIGTERM may come twice: from whoever sends it, and from a launcher that forwards it to all of its processes.
+    """
+    noted, before = [], {}
+
+    def note(signum, frame):
+        noted.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signum, before[signum])
+
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
