@@ -137,6 +137,7 @@ def _row_panels(table: Mapping[str, Mapping], width: float, row: float, per_line
         axis.set_visible(column is not None)
         axis.grid(visible=False, axis="y")
         axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
     return figure, dict(zip(columns, axes.flat, strict=False))
 
 
@@ -152,7 +153,8 @@ def tradeoff(
     """
     networks = [network for group in groups.values() for network in group.values()]
     costs = [column for column in networks[0] if column != ylabel]
-    figure, axes = plt.subplots(1, len(costs), figsize=(3.7 * len(costs), 3.3), sharey=True, squeeze=False)
+    size = (3.7 * len(costs), 3.3)
+    figure, axes = plt.subplots(1, len(costs), figsize=size, sharey=True, squeeze=False, layout="tight")
     for axis, cost in zip(axes[0], costs, strict=True):
         for style, (group, points) in zip(GROUP_STYLES, groups.items(), strict=False):
             x, y = ([point[key] for point in points.values()] for key in (cost, ylabel))
@@ -164,7 +166,6 @@ def tradeoff(
         axis.set(xlabel=f"{cost}, share of the teacher's", ylabel="" if axis is not axes[0, 0] else ylabel)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, -1].legend()
-    figure.tight_layout()
     return figure
 
 

@@ -36,9 +36,10 @@ NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "pro
               "validation_steps", "num_validation_images", "ablation", "ablation_steps", "ablation_seeds",
               "drift_steps", "find_batch_size", "ema_device", "gradient_checkpointing", "channels_last",
               "compiled"}  # fmt: skip
-FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}", "MB": "{:.1f}", "GMACs": "{:.3f}",
-           "minutes": "{:.1f}", **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
-           **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}")}  # fmt: skip
+FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
+           **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
+           **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}"),
+           "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
 Groups = dict[str, dict[str, dict[str, float]]]  # what `figures.tradeoff` takes
 
 
@@ -97,9 +98,10 @@ def over_seeds(students: pd.DataFrame) -> pd.DataFrame:
     rows = []
     newest = students.dropna(subset=["after"]).drop_duplicates([*EQUAL, "seed"], keep="last")
     for key, group in newest.groupby(EQUAL):
-        known = group[[name for name in FORMATS if name in group and name not in EQUAL]].dropna(axis=1)
+        known = group[[name for name in FORMATS if name in group and name not in EQUAL]].dropna(axis=1, how="all")
         rows.append(dict(zip(EQUAL, key, strict=True)) | {"seeds": len(group)} | known.apply(summary).to_dict())
-    return pd.DataFrame(rows, columns=None if rows else [*EQUAL, "seeds"])
+    averaged = pd.DataFrame(rows, columns=None if rows else [*EQUAL, "seeds"])
+    return averaged if averaged["settings"].any() else averaged.drop(columns="settings")
 
 
 def models_table(results: Sequence[Mapping], students: pd.DataFrame, runs_dir: Path) -> pd.DataFrame:
@@ -185,14 +187,9 @@ def export(rows: pd.DataFrame, path: Path) -> str:
     return markdown
 
 
-def rewrite(page: Path, mark: str, markdown: str) -> None:
-    """Puts a table between <!-- mark --> and <!-- /mark --> of a Markdown file.
-
-    Raises:
-        ValueError: the file has no such place, or several.
-    """
+def rewrite(page: Path, mark: str, markdown: str) -> int:
+    """Puts a table between <!-- mark --> and <!-- /mark --> of a Markdown file; returns how often it found them."""
     text = page.read_text(encoding="utf-8")
     new, places = re.subn(f"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: markdown, text, flags=re.S)
-    if places != 1:
-        raise ValueError(f"{page.name} has {places} places between <!-- {mark} --> and <!-- /{mark} -->: expected one")
     page.write_text(new, encoding="utf-8")
+    return places

@@ -71,7 +71,8 @@ class Timing:
 
     def block_shares(self, whole: Costs) -> dict[str, dict[str, float]]:
         """Every block's share of the teacher's latency, MACs and parameters, for `bars`."""
-        return {name: {"share of latency": t.median / self.latency["teacher"].median,
+        seconds = sum(t.median for t in self.blocks.values())
+        return {name: {"share of latency": t.median / seconds,
                        "share of MACs": whole.by_block[name].macs / whole.macs,
                        "share of parameters": whole.by_block[name].params / whole.params}
                 for name, t in self.blocks.items() if name in whole.by_block}  # fmt: skip

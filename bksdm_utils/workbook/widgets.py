@@ -50,7 +50,8 @@ def plan_toggles(config: Mapping, plan: RemovalPlan, draw: Callable[[RemovalPlan
         *pairs, mid, innermost = (box.value for box in boxes)
         thin = [s for s, pair in enumerate(pairs) if not pair]
         own = free_plan(config, thin, mid, len(whole) - (not innermost))
-        return [architecture(config, own), *([draw(own)] if draw else [])]
+        shown = plan if (own.stages, own.mid) == (plan.stages, plan.mid) else own
+        return [architecture(config, shown), *([draw(shown)] if draw else [])]
 
     _interactive(boxes, figures)
 
