@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from ..core.plans import RemovalPlan, check_variant, resolve_plan
 from ..files import resolve
 
@@ -27,8 +29,21 @@ def plan_name(variant: str) -> str:
     return _read(variant).name if variant.endswith(".json") else check_variant(variant)
 
 
-def _read(variant: str) -> RemovalPlan:
-    path = Path(resolve(variant))
-    if not path.is_file():
-        raise ValueError(f"{variant} is missing: write a plan there with RemovalPlan.to_json()")
-    return RemovalPlan.from_json(path.read_text(encoding="utf-8"))
+def read_plan(text: str) -> RemovalPlan:
+    """A plan from JSON: {"name": "mine", "stages": [{"down": [0], "up": [0, 2], "depth": null}, …], "mid": true}.
+
+    Raises:
+        ValueError: the text is no plan; every fault is named.
+    """
+    try:
+        return TypeAdapter(RemovalPlan).validate_json(text)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'the text'}: {f['msg']}" for f in error.errors())
+        raise ValueError(f"not a removal plan ({faults}): write it with RemovalPlan.to_json()") from None
+
+
+def _read(path: str) -> RemovalPlan:
+    file = Path(resolve(path))
+    if not file.is_file():
+        raise ValueError(f"{path} is missing: write a plan there with RemovalPlan.to_json()")
+    return read_plan(file.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import Self
 
-from .base import Config, Device, PathText, Positive, Seed, parameter
+from .base import Config, Device, NonNegative, PathText, Positive, Seed, parameter
 from .presets import PRESETS, Preset, find_preset
 
 SCHEDULERS = Literal["pndm", "dpm++", "euler", "ddim", "lcm"]
@@ -63,5 +63,5 @@ class Sampling(Config):
     """How images are sampled."""
 
     num_inference_steps: Positive = parameter(25, "denoising steps for each image")
-    guidance_scale: float = parameter(7.5, "strength of classifier-free guidance")
+    guidance_scale: NonNegative = parameter(7.5, "strength of classifier-free guidance")
     scheduler: SCHEDULERS | None = parameter(None, "pndm, dpm++, euler, ddim or lcm; None is the teacher's own")

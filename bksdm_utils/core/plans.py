@@ -17,6 +17,9 @@ PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "atte
              "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block")  # fmt: skip
 
 
+STRICT = {"extra": "forbid", "strict": True}  # how pydantic reads plans from files; see config/plan_files.py
+
+
 @dataclass(frozen=True)
 class Stage:
     """The pairs that stay in one stage, by their number in the teacher: `down` on the way in, `up` on the way out.
@@ -24,6 +27,7 @@ class Stage:
     `depth` is the number of transformer blocks that stay in each of its attentions, the first ones; None keeps all.
     """
 
+    __pydantic_config__ = STRICT
     down: tuple[int, ...]
     up: tuple[int, ...]
     depth: int | None = None
@@ -39,6 +43,7 @@ class RemovalPlan:
         mid: whether the mid block stays; its attention is as deep as the innermost stage's.
     """
 
+    __pydantic_config__ = STRICT
     name: str
     stages: tuple[Stage, ...]
     mid: bool = True
@@ -62,29 +67,8 @@ class RemovalPlan:
         return "\n".join([self.name, *lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
 
     def to_json(self) -> str:
-        """The plan as JSON; `from_json` reads it."""
+        """The plan as JSON, for a file that goes wherever a variant's name goes."""
         return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RemovalPlan:
-        """A plan from JSON: {"name": "mine", "stages": [{"down": [0], "up": [0, 2], "depth": null}, …], "mid": true}.
-
-        Raises:
-            ValueError: the text is no JSON, or no plan; it says which part.
-        """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"the plan is no JSON ({error}): write it with RemovalPlan.to_json()") from error
-        _check_keys(data, "the plan", {"name": str, "stages": list, "mid": bool}, optional=("mid",))
-        stages = []
-        for number, stage in enumerate(data["stages"]):
-            where = f"stage {number} of plan {data['name']!r}"
-            _check_keys(stage, where, {"down": list, "up": list, "depth": int | None}, optional=("depth",))
-            if not all(type(pair) is int for pair in (*stage["down"], *stage["up"])):
-                raise ValueError(f"{where}: down and up must be lists of whole numbers")
-            stages.append(Stage(tuple(stage["down"]), tuple(stage["up"]), stage.get("depth")))
-        return cls(data["name"], tuple(stages), data.get("mid", True))
 
     def check(self, teacher_config: Mapping) -> None:
         """Raises ValueError, saying which rule is broken, if no student of this teacher can follow the plan."""
@@ -135,18 +119,6 @@ def _kept(stage: Stage, teacher_config: Mapping | None, number: int) -> str:
     return f"pair {down}{of_down} down, pairs {up}{of_up} up{depth}"
 
 
-def _check_keys(data: object, where: str, kinds: Mapping[str, type], optional: Sequence[str]) -> None:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} is {data!r}: expected an object with {', '.join(kinds)}")
-    wrong = sorted(set(data) - set(kinds)) or [key for key in kinds if key not in data and key not in optional]
-    if wrong:
-        raise ValueError(f"{where}: look at {', '.join(wrong)}; expected {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        value = data.get(key, True if key == "mid" else None)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{where}: {key} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-
-
 def _check_stage(stage: Stage, where: str, config: Mapping, number: int) -> None:
     layers = layers_per_stage(config)[number]
     for side, pairs, available in (("down", stage.down, layers), ("up", stage.up, layers + 1)):
@@ -160,17 +132,17 @@ def _check_stage(stage: Stage, where: str, config: Mapping, number: int) -> None
             f"skip connection needs both its ends"
         )
     widths = list(config["block_out_channels"])
-    for place, pair in enumerate(stage.down):
-        given, wanted = _down_input(widths, number, place), _down_input(widths, number, pair)
+    for position, pair in enumerate(stage.down):
+        given, wanted = _down_input(widths, number, position), _down_input(widths, number, pair)
         if given != wanted:
             raise ValueError(f"{where}: pair 0 of down must stay, it takes {given} channels where pair {pair} takes "
                              f"{wanted}")  # fmt: skip
-    for place, pair in enumerate(stage.up):
-        given = _up_input(widths, number, place, len(stage.down))
+    for position, pair in enumerate(stage.up):
+        given = _up_input(widths, number, position, len(stage.down))
         wanted = _up_input(widths, number, pair, layers)
         if given != wanted:
             raise ValueError(
-                f"{where}: pair {pair} of up cannot stand in place {place}: there it gets {given[0]} channels from "
+                f"{where}: pair {pair} of up cannot be in position {position}: there it gets {given[0]} channels from "
                 f"below and {given[1]} from its skip connection, and was made for {wanted[0]} and {wanted[1]}"
             )
 

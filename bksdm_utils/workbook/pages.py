@@ -13,7 +13,7 @@ import nbformat
 from ..files import ROOT
 
 FORMULA = re.compile(
-    r"```.*?```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?!\d)", re.DOTALL
+    r"```.*?```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<inline>[^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL
 )
 QUESTION = re.compile(r"\*\*(.+?\?)\*\*")
 PAGE = """<!DOCTYPE html>
@@ -51,11 +51,10 @@ def write_page(notebook: Path) -> Path:
     for cell in content.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
-    # Everything that the template would fetch is left out: formulas are MathML, widgets have a static figure beside.
-    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="", widget_renderer_url="")
-    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.stem}})
+    body, _ = HTMLExporter().from_notebook_node(content, {"metadata": {"name": notebook.stem}})
     page = notebook.with_suffix(".html")
-    page.write_text(re.sub(r'<script src=""[^>]*></script>', "", body), encoding="utf-8")
+    # The template's scripts are fetched, and not needed: formulas are MathML, widgets have a static figure beside them.
+    page.write_text(re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL), encoding="utf-8")
     return page
 
 

@@ -156,14 +156,15 @@ def folder_name(preset: str, variant: str | None) -> str:
 def run_name(config: Config, swept: Sequence[str] = ()) -> str:
     """The name of a run's folder: preset, variant, the subject where one is named, and what is swept."""
     values = config.values()
-    subject = ["subject"] if values.get("subject") not in (None, _preset_value(config, "subject")) else []
+    subject = ["subject"] if values.get("subject") not in (None, _preset_subject(config)) else []
     named = dict.fromkeys(name for name in (*subject, *swept) if name not in ("preset", "variant"))
     parts = [plan_name(values["variant"])] if values.get("variant") else []
     return folder_name(values.get("preset", "storybook"), "-".join([*parts, *(f"{n}_{values[n]}" for n in named)]))
 
 
-def _preset_value(config: Config, name: str) -> object:
-    return config.chosen_preset.values_for(type(config).__name__).get(name)
+def _preset_subject(config: Config) -> object:
+    preset = getattr(config, "chosen_preset", None)
+    return preset.values_for(type(config).__name__).get("subject") if preset else None
 
 
 def student_folder(config: Config) -> Path:

@@ -81,7 +81,7 @@ def test_a_sweep_continues_after_a_failure_and_says_so(tiny_notebook, capsys):
     out = tiny_notebook / "outputs"
     assert run_jobs(plan_jobs(["03"], {"seed": "0,1,2", "output_dir": str(out)})) == 1
     text = capsys.readouterr().out
-    assert text.count(" ok ") == 2 and "FAILED" in text and "seed 2" in text
+    assert text.count("  ok ") == 2 and "FAILED" in text and "seed 2" in text
     folders = sorted((out / "03_kd_training").iterdir())
     assert all((folder / "03_kd_training.html").is_file() for folder in folders)  # also of the failed one
     index = write_index(out).read_text()
@@ -93,12 +93,12 @@ def test_an_executed_page_needs_no_network_and_has_readable_formulas(tiny_notebo
     run_jobs([job])
     page = write_page(job.dir / "03_kd_training.ipynb").read_text()
     assert "<math" in page and "$z_t$" not in page
-    assert 'src="http' not in page and "cdnjs" not in page and "MathJax.js" not in page
+    assert "<script" not in page and 'src="http' not in page and 'href="http' not in page
 
 
 def test_formulas_become_mathml_and_code_and_prices_stay():
-    text = with_mathml(r"$\lVert a \rVert^2$ and `$code$` cost $5 and 6$" + "\n\n$$x_1$$")
-    assert text.count("<math") == 2 and "`$code$`" in text and "$5 and 6$" in text
+    text = with_mathml(r"$\lVert a \rVert^2$ and `$code$` cost $5 and $6" + "\n\n$$x_1$$")
+    assert text.count("<math") == 2 and "`$code$`" in text and "$5 and $6" in text
 
 
 def test_help_shows_a_notebooks_parameters():
