@@ -40,7 +40,7 @@ FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
            **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}"),
            "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
-Groups = dict[str, dict[str, dict[str, float]]]  # what `figures.tradeoff` takes
+Groups = dict[str, dict[str, dict[str, float]]]  # as `tradeoff` takes them
 
 
 def collect(runs_dir: Path) -> tuple[list[dict], list[tuple[str, str]]]:
@@ -73,7 +73,8 @@ def changed(result: Mapping) -> str:
 
 def table(results: Sequence[Mapping], columns: Mapping[str, str] = RUN) -> pd.DataFrame:
     """One row for each run; `columns` has paths into a result, such as "metrics.steps", and their titles."""
-    return pd.json_normalize(results, max_level=2).reindex(columns=list(columns)).rename(columns=columns)
+    rows = pd.json_normalize(results, max_level=2).reindex(columns=list(columns)).rename(columns=columns)
+    return rows.fillna({"variant": ""})
 
 
 def students_table(results: Sequence[Mapping], runs_dir: Path) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def scores_table(models: pd.DataFrame) -> pd.DataFrame:
 def comparisons(models: pd.DataFrame) -> Iterator[tuple[str, str, Groups]]:
     """File name, title and points of a figure for each set of models that may be compared."""
     teachers = models[models["model"] == "teacher"].set_index("run")
-    chosen = models[~models["model"].isin(["copied", "random"])]
+    chosen = models[~models["model"].isin(["copied", "random"]) & models["scores"].map(lambda s: "clip_score" in s)]
     for number, (key, rows) in enumerate(chosen.groupby(COMPARABLE)):
         groups, several = {"teacher": {}, "student": {}}, rows["model"].duplicated(keep=False)
         for row, again in zip(rows.to_dict("records"), several, strict=True):
@@ -141,7 +142,7 @@ def comparisons(models: pd.DataFrame) -> Iterator[tuple[str, str, Groups]]:
             name = f"{row['model']} ({row['run']})" if again else row["model"]
             groups[group][name] = {"CLIP score": row["scores"]["clip_score"][0], **shares}
         if all(groups.values()):
-            title = "{}, protocol {}, {:,} images of each model {}".format(*key)
+            title = "{}, protocol {}, {:,} images of each model {}".format(*key).strip()
             yield f"tradeoff_{number}_{key[0]}-{key[1]}", title, groups
 
 

@@ -11,11 +11,11 @@ from bksdm_utils.workbook.parameters import find_notebook
 from bksdm_utils.workbook.run import fill
 
 
-def write_run(folder, notebook, metrics, **config):
+def write_run(folder, notebook, metrics, variant="bk_small", **config):
     """What a finished run leaves; the later its folder's name, the later it began."""
     folder.mkdir(parents=True)
     result = {
-        "notebook": notebook, "preset": "storybook", "variant": "bk_small",
+        "notebook": notebook, "preset": "storybook", "variant": variant,
         "config": fill(find_notebook(notebook)[1], config).model_dump(mode="json"),
         "metrics": {"key_figure": "a|b", **metrics}, "provenance": {"seconds": 1, "started": folder.name},
     }  # fmt: skip
@@ -85,6 +85,13 @@ def test_results_of_other_versions_and_broken_files_are_set_aside_by_name(tmp_pa
     reasons = {path.split("/")[-2]: reason for path, reason in set_aside}
     assert set(reasons) == {"older", "partial", "broken", "list"}
     assert "resolved" in reasons["older"] and "config" in reasons["partial"]
+
+
+def test_runs_of_every_notebook_are_in_one_table(tmp_path):
+    write_run(tmp_path / "00_storybook_world" / "a", "00_storybook_world", {}, variant=None)
+    write_training(tmp_path / "03_kd_training" / "b", 0.5)
+    rows = tables.table(tables.collect(tmp_path)[0])
+    assert list(rows["variant"]) == ["", "bk_small"] and list(rows["key figure"]) == ["a|b"] * 2
 
 
 def test_settings_are_what_differs_from_the_preset(results):
