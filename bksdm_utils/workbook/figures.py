@@ -33,7 +33,7 @@ pd.set_option("display.max_columns", None, "display.max_colwidth", None, "displa
 def show(function) -> None:
     """Shows the source of a function or class as Markdown, so that a notebook defines nothing twice."""
     file = function.__module__.replace(".", "/")
-    display(Markdown(f"`{file}.py`\n```python\n{inspect.getsource(function)}```"))
+    display(Markdown(f"`{file}.py`\n```python\n{textwrap.dedent(inspect.getsource(function))}```"))
 
 
 def image_grid(

@@ -189,7 +189,7 @@ def export(rows: pd.DataFrame, path: Path) -> str:
 
 
 def rewrite(page: Path, mark: str, markdown: str) -> int:
-    """Puts a table between <!-- mark --> and <!-- /mark --> of a Markdown file; returns how often it found them."""
+    """Puts a table between <!-- mark --> and <!-- /mark --> of a Markdown file; returns how often it has them."""
     text = page.read_text(encoding="utf-8")
     new, places = re.subn(f"(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: markdown, text, flags=re.S)
     page.write_text(new, encoding="utf-8")

@@ -40,7 +40,7 @@ def closed_figures():
 
 
 class Outputs(list):
-    """Stands in for IPython's `display`: what each output of a cell shows at present."""
+    """Replaces IPython's `display`: what each output of a cell shows at present."""
 
     def __call__(self, content=None, display_id=False):
         self.append(content)
