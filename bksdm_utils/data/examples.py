@@ -71,13 +71,13 @@ def _folder_rows(folder: Path) -> Iterator[Example | tuple[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            columns, rows = reader.fieldnames or [], list(reader)
     except OSError as error:
         raise ValueError(f"{path} could not be opened ({error.strerror}): expected {EXPECTED}") from error
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}. Look for a quote that is not closed.") from error
-    if not {"file_name", "text"} <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path} has the columns {reader.fieldnames}: expected file_name and text")
+    if not {"file_name", "text"} <= set(columns):
+        raise ValueError(f"{path} has the columns {', '.join(columns)}: expected file_name and text")
     return in_threads(lambda row: _folder_example(folder, row), rows)  # each file is read, for its hash
 
 

@@ -1,118 +1,125 @@
+import io
+import tarfile
+
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-import torch
 from PIL import Image
 
-from bksdm_utils.config.presets import find_preset
-from bksdm_utils.data.examples import read_folder
-from bksdm_utils.data.images import to_pixels
-from bksdm_utils.models.pipelines import load_pipeline
-from bksdm_utils.training.latents import load_latents
-from bksdm_utils.training.rng import BatchRng
+from bksdm_utils.config.training import TrainingData
+from bksdm_utils.data.examples import load_examples, open_table
+from bksdm_utils.data.images import open_image, to_pixels
 
 
-def photo(path, size=(90, 70), mode="RGB"):
-    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(path)
+def png(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (10, 8), colour).save(file, "PNG")
+    return file.getvalue()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Ordinary and odd pictures, and every kind of bad row."""
-    photo(tmp_path / "a.jpg")
-    photo(tmp_path / "grey.png", (33, 200), "L")
-    photo(tmp_path / "palette.png", (64, 64), "P")
-    Image.new("RGBA", (50, 80), (255, 0, 0, 128)).save(tmp_path / "clear.png")
-    (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
-    (tmp_path / "text.png").write_text("no picture")
-    good = ["a.jpg,a photo", 'grey.png,"grey, and with a comma"', "palette.png,Ünïcode ☃", "clear.png,half clear"]
-    bad = ["broken.jpg,cut", "text.png,no picture", "gone.png,no file", "a.jpg,", "../a.jpg,outside", ",no name"]
-    rows = [*good, *bad]
+def write_shards(folder, kind, count=5, image="image", caption="text"):
+    """Two shards of parquet or WebDataset, as `datasets` and img2dataset write them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, numbers in enumerate((range(3), range(3, count))):
+        if kind == "parquet":
+            rows = [{image: {"bytes": png("red"), "path": None}, caption: f"caption {i}", "width": 10} for i in numbers]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{shard}.parquet")
+            continue
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in numbers:
+                for name, content in ((f"{i:04}.{image}", png("red")), (f"{i:04}.{caption}", f"caption {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+
+
+def test_storybook_examples_are_rendered_scenes():
+    examples, skipped = load_examples(TrainingData(num_train_scenes=3))
+    assert [example.name for example in examples] == ["train-0", "train-1", "train-2"] and skipped == []
+    assert examples[1].open().size == (64, 64) and " " in examples[1].captions[0]
+    assert len({example.key for example in examples}) == 3
+
+
+def test_unusable_rows_of_a_folder_are_set_aside_by_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    (tmp_path.parent / "outside.png").write_bytes(png("red"))
+    rows = ["a.png,a photo", 'a.png,"quotes, and a comma"', "a.png,Ünïcode ☃", "gone.png,no file", "a.png,",
+            "../outside.png,outside", ",no name"]  # fmt: skip
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return tmp_path
+    examples, skipped = load_examples(TrainingData(train_data_dir=str(tmp_path)))
+    assert [example.captions for example in examples] == [("a photo",), ("quotes, and a comma",), ("Ünïcode ☃",)]
+    assert examples[0].open().size == (10, 8)
+    assert [name for name, _ in skipped] == ["gone.png", "a.png", "../outside.png", "(no name)"]
 
 
-def preset(folder, resolution=64):
-    return find_preset("sd-v1.4", train_data_dir=str(folder), resolution=resolution)
+def test_an_examples_key_follows_its_content(tmp_path):
+    def key():
+        (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
+        return load_examples(TrainingData(train_data_dir=str(tmp_path)))[0][0].key
 
-
-def test_odd_rows_and_pictures_are_set_aside_by_name(folder, pipeline_dir, tmp_path):
-    latents = load_latents(preset(folder), load_pipeline(pipeline_dir), tmp_path / "cache")
-    assert latents.captions == ["a photo", "grey, and with a comma", "Ünïcode ☃", "half clear"]
-    assert {name for name, _ in latents.skipped} == {
-        "broken.jpg",
-        "text.png",
-        "gone.png",
-        "a.jpg",
-        "../a.jpg",
-        "(no name)",
-    }
-    assert len(latents) == 4 and latents.shape == (4, 8, 8)
-    again = load_latents(preset(folder), load_pipeline(pipeline_dir), tmp_path / "cache")
-    assert all(torch.equal(*m) for m in zip(again.moments([0], [1]), latents.moments([0], [1]), strict=True))
-    assert sorted(again.skipped) == sorted(latents.skipped)
-
-
-def test_the_second_flip_is_the_mirrored_picture(folder, pipeline_dir, tmp_path):
-    pipeline = load_pipeline(pipeline_dir)
-    latents = load_latents(preset(folder), pipeline, tmp_path / "cache")
-    pixels = to_pixels(Image.open(folder / "a.jpg"), 64).flip(-1)
-    with torch.no_grad():
-        expected = pipeline.vae.encode(pixels[None]).latent_dist.mean[0] * pipeline.vae.config.scaling_factor
-    assert torch.allclose(latents.moments([0], [1])[0][0], expected, atol=2e-3)
-
-
-def test_the_cache_knows_pictures_resolution_and_vae(folder, pipeline_dir, tmp_path):
-    pipeline = load_pipeline(pipeline_dir)
-    cache = tmp_path / "cache"
-
-    def entries():
-        load_latents(preset(folder), pipeline, cache)
-        return len(list(cache.iterdir()))
-
-    assert [entries(), entries()] == [1, 1]
-    photo(folder / "a.jpg", (91, 70))
-    assert entries() == 2
-    pipeline.vae.encoder.conv_in.bias.data += 1
-    assert entries() == 3
-    load_latents(preset(folder, resolution=32), pipeline, cache)
-    assert len(list(cache.iterdir())) == 4
-
-
-def test_batches_sample_the_posterior_and_follow_the_draw(folder, pipeline_dir, tmp_path):
-    latents = load_latents(preset(folder), load_pipeline(pipeline_dir), tmp_path / "cache")
-    draws = [latents.batch(BatchRng(0, step, range(2), 2, len(latents))) for step in (0, 0, 1)]
-    assert torch.equal(draws[0][0], draws[1][0]) and not torch.equal(draws[0][0], draws[2][0])
-    assert draws[0][0].shape == (2, 4, 8, 8) and draws[0][1].shape == (2, 20)
+    (tmp_path / "a.png").write_bytes(png("red"))
+    red = key()
+    assert key() == red
+    (tmp_path / "a.png").write_bytes(png("blue"))
+    assert key() != red
 
 
 @pytest.mark.parametrize(
-    ("write", "said"),
-    [
-        (None, "is missing: write a CSV file"),
-        ("name,caption\na.jpg,x\n", "expected file_name and text"),
-        ("", "expected file_name and text"),
-        ("file_name,text\n", "none of 0 rows is usable"),
-        ("file_name,text\ngone.jpg,x\n", "none of 1 rows is usable"),
-    ],
-)
-def test_a_folder_without_usable_rows_says_what_is_wrong(tmp_path, write, said):
-    if write is not None:
-        (tmp_path / "metadata.csv").write_text(write)
-    with pytest.raises(ValueError, match=said):
-        read_folder(tmp_path)
+    ("content", "message"),
+    [(None, "metadata.csv could not be opened.*expected a folder"), ("", "expected file_name and text"),
+     ("name,caption\na.jpg,x\n", "expected file_name and text"), ("file_name,text\n", "none of 0 rows is usable"),
+     ("file_name,text\ngone.jpg,x\n", "none of 1 rows is usable.*gone.jpg"),
+     ('file_name,text\n"' + "x" * 140_000, "metadata.csv, line 1.*quote")],
+)  # fmt: skip
+def test_a_folder_without_usable_rows_is_an_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metadata.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_examples(TrainingData(train_data_dir=str(tmp_path)))
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no folder"):
-        read_folder(tmp_path / "nowhere")
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*expected a folder.*download laion"):
+        load_examples(TrainingData(train_data_dir=str(tmp_path / "nowhere")))
 
 
-def test_only_unreadable_pictures_is_an_error(tmp_path, pipeline_dir):
-    (tmp_path / "a.png").write_text("no picture")
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
-    with pytest.raises(ValueError, match="none of 1 pictures could be read"):
-        load_latents(preset(tmp_path), load_pipeline(pipeline_dir), tmp_path / "cache")
+@pytest.mark.parametrize(("kind", "image", "caption"), [("parquet", None, None), ("parquet", "photo", "title"),
+                                                        ("tar", "png", "txt")])  # fmt: skip
+def test_shards_have_the_columns_image_and_text(tmp_path, kind, image, caption):
+    folder = write_shards(tmp_path / "shards", kind, image=image or "image", caption=caption or "text")
+    config = TrainingData(train_data_dir=str(folder), image_column=image, caption_column=caption)
+    examples, skipped = load_examples(config)
+    assert [example.captions[0] for example in examples] == [f"caption {i}" for i in range(5)] and skipped == []
+    assert examples[4].open().size == (10, 8)
+    pattern = config.but(train_data_dir=str(folder / f"*.{kind}"))
+    rows = list(open_table(pattern, streaming=True))
+    assert all(set(row) == {"image", "text"} for row in rows) and open_image(rows[4]["image"]).size == (10, 8)
+    assert [row["text"] for row in rows] == [f"caption {i}" for i in range(5)]
+
+
+def test_rows_of_a_table_without_captions_are_set_aside(tmp_path):
+    texts = [["a", "b"], [""], ["only", ""]]
+    rows = [{"image": {"bytes": png("red"), "path": None}, "text": text} for text in texts]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "0.parquet")
+    examples, skipped = load_examples(TrainingData(train_data_dir=str(tmp_path)))
+    assert [example.captions for example in examples] == [("a", "b"), ("only",)]
+    assert skipped == [("row 1", "empty caption")]
+
+
+def test_missing_columns_and_data_sets_are_named(tmp_path):
+    config = TrainingData(train_data_dir=str(write_shards(tmp_path / "shards", "parquet")), caption_column="caption")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="has the columns image, text, width: it lacks caption; name .*_column"):
+            open_table(config, streaming)
+    with pytest.raises(ValueError, match="nobody/nothing could not be opened.*needs a network"):
+        load_examples(TrainingData(train_data_dir="nobody/nothing"))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,7 @@ def test_only_unreadable_pictures_is_an_error(tmp_path, pipeline_dir):
     [("ink.jpg", "CMYK", (30, 20)), ("deep.png", "I;16", (20, 30)), ("dot.png", "RGB", (1, 1)),
      ("wide.jpg", "RGB", (8000, 5000)), ("mask.png", "1", (16, 16)), ("veil.png", "LA", (20, 20))],
 )  # fmt: skip
-def test_pictures_of_every_kind_become_pixels(name, mode, size, tmp_path):
+def test_images_of_every_mode_become_pixels(name, mode, size, tmp_path):
     """Inks, sixteen bits, one pixel, forty megapixels, one bit, grey with transparency."""
     white = {"CMYK": (0, 0, 0, 0), "I;16": 65535, "1": 1, "LA": (0, 0)}.get(mode, (255, 255, 255))
     Image.new(mode, size, white).save(tmp_path / name)
@@ -128,7 +135,13 @@ def test_pictures_of_every_kind_become_pixels(name, mode, size, tmp_path):
     assert pixels.shape == (3, 64, 64) and pixels.min() > 0.97  # all of them are white
 
 
-def test_of_an_animation_the_first_picture_counts(tmp_path):
+def test_pixels_are_a_centre_crop():
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 255
+    assert to_pixels(Image.fromarray(wide), 64).min() == 1
+
+
+def test_the_first_image_of_an_animation_is_used(tmp_path):
     red, blue = Image.new("RGB", (10, 10), "red"), Image.new("RGB", (10, 10), "blue")
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue, red])
     pixels = to_pixels(Image.open(tmp_path / "a.gif"), 64)
