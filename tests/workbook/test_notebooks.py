@@ -6,7 +6,6 @@ from statistics import median
 import nbformat
 import pytest
 
-from bksdm_utils.files import ROOT
 from bksdm_utils.workbook.parameters import NOTEBOOKS
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
