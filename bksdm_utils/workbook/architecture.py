@@ -24,7 +24,7 @@ MODULE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(?:down|up)?(resnets|at
 
 
 class Box(NamedTuple):
-    """One box of the figure; boxes sort in the order of computation."""
+    """A resnet, transformer block or sampler; sorts in the order of computation."""
 
     arm: str  # down, mid, up
     block: int
@@ -85,14 +85,14 @@ def draw_unet(axis: Axes, config: Mapping, plan: RemovalPlan) -> None:
     labels = {("mid", total, 0): "mid block"}
     for stage, channels in enumerate(config["block_out_channels"]):
         labels["down", stage, 0] = "{0}×{0}\n{1} channels".format(config["sample_size"] // 2**stage, channels)
+    style = {"fontsize": 6.5, "color": "#555", "ha": "right", "va": "center", "linespacing": 1.0}
     for position in labels.keys() & ends.keys():
-        axis.text(ends[position][0] - 0.2, -position[1], labels[position], fontsize=6.5, color="#555", ha="right",
-                  va="center", linespacing=1.0)  # fmt: skip
+        axis.text(ends[position][0] - 0.2, -position[1], labels[position], **style)
     for stage, pairs in enumerate(plan.stages):
         for number, (down, up) in enumerate(zip(pairs.down, reversed(pairs.up[:-1]), strict=True)):
             y = -stage + 0.1 * (number - (len(pairs.down) - 1) / 2)
-            axis.plot((ends["down", stage, down][1], ends["up", stage, up][0]), (y, y), color="#c9d1da", linewidth=1,
-                      zorder=0)  # fmt: skip
+            between = ends["down", stage, down][1], ends["up", stage, up][0]
+            axis.plot(between, (y, y), color="#c9d1da", linewidth=1, zorder=0)
     axis.set(xlim=(-1.9, x), ylim=(-total - 0.5, 0.5))
     axis.axis("off")
 

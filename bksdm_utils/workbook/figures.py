@@ -115,8 +115,7 @@ def bars(table: Mapping[str, Mapping[str, float]], percent: Sequence[str] = (), 
 
 
 def error_bars(table: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
-    """A panel for each column of the table (row -> column -> value and error), in it a dot with its error bar for each
-    row that has the column."""
+    """A panel for each column of the table (row -> column -> value and error), in it a dot for each row that has it."""
     figure, panels = _row_panels(table, 1.9, 0.28, per_line=5)
     for column, axis in panels.items():
         for y, (row, colour) in enumerate(zip(table.values(), itertools.cycle(ROW_COLOURS), strict=False)):
@@ -147,9 +146,8 @@ def tradeoff(
     """A score (higher is better) against costs: a panel for each cost, a point for each network, the Pareto front.
 
     Args:
-        groups: group -> network -> {ylabel: score, cost: share of the teacher's, …}.
-        line: the group whose points are joined in their order.
-        named: groups whose points have their names beside them.
+        groups: group -> network -> {ylabel: score, cost: share of the teacher's, …}; the points of the group `line` are
+            joined in their order, those of the `named` groups have their names beside them.
     """
     networks = [network for group in groups.values() for network in group.values()]
     costs = [column for column in networks[0] if column != ylabel]

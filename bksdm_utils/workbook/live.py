@@ -15,7 +15,6 @@ from ..evaluation.folders import Progress
 from .figures import curves, image_grid
 
 LINES = 12  # printed by work of any length
-PROXIES = {"clip_score": "proxy CLIP score", "fid": "proxy FID"}
 
 
 class ProgressLines:
@@ -97,7 +96,7 @@ def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal
 
     panels = {"loss": series("loss_", "loss_task", "loss_output", "loss_feature"),
               "feature loss of each tap": series("feature/")}  # fmt: skip
-    for name, title in PROXIES.items():
+    for name, title in {"clip_score": "proxy CLIP score", "fid": "proxy FID"}.items():
         scored = [(row["step"], row[name]) for row in validation if row[name] == row[name]]  # NaN: no metric network
         panels[title] = {"EMA student": scored, "teacher": [(step, goal[name]) for step, _ in scored]} if scored else {}
     shown = {title: lines for title, lines in panels.items() if lines}
