@@ -131,8 +131,9 @@ def open_table(config: TrainingData, streaming: bool):
         raise ValueError(f"{source} has the columns {', '.join(table.column_names)}: it lacks "
                          f"{', '.join(sorted(missing))}; name others by image_column and caption_column")  # fmt: skip
     renamed = {old: new for old, new in ((image, "image"), (caption, "text")) if old != new}
-    table = table.select_columns([image, caption]).rename_columns(renamed)
-    return table.cast_column("image", datasets.Image(decode=False))
+    # Cast first: renaming a stream decodes it, and one broken image would end it.
+    table = table.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+    return table.rename_columns(renamed)
 
 
 def _table_rows(config: TrainingData) -> Iterator[Example | tuple[str, str]]:

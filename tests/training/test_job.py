@@ -1,6 +1,5 @@
 """Whole distillation runs: with and without a notebook, in several processes, killed, in half precision."""
 
-import json
 import random
 import subprocess
 import sys
@@ -16,49 +15,58 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from bksdm_utils.config.presets import PRESETS
+from bksdm_utils.config.training import KDTraining
+from bksdm_utils.evaluation.sampling import generate
 from bksdm_utils.files import read_log, write_json
 from bksdm_utils.models.configs import teacher_config
 from bksdm_utils.models.pipelines import with_unet
 from bksdm_utils.processes import finished, follow, launch, running, stop
-from bksdm_utils.training.job import LOGS, main, prepare
+from bksdm_utils.training.job import LOGS, prepare, train
 from bksdm_utils.training.rng import BatchRng
-from bksdm_utils.workbook.parameters import find_notebook
-from bksdm_utils.workbook.run import configure
+
+
+def scores(pipeline):
+    """A validation that takes no time."""
+    return {"score": float(next(pipeline.unet.parameters()).detach().abs().mean())}
 
 
 def write_config(folder, **parameters):
-    """What run.start writes for notebook 03 with these parameters."""
+    """The configuration of a run with these parameters, also as its config.json."""
+    config = KDTraining.filled(device="cpu", **parameters)
     folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", configure(find_notebook("03"), parameters)[0])
-    return json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    return config
+
+
+def prepared(folder, **parameters):
+    return prepare(write_config(folder, **parameters), folder, "cpu", scores)
 
 
 @pytest.fixture
 def narrow(tmp_path, pipeline_dir):
-    """Parameters of a narrow SD-v1 teacher and eight pictures."""
-    folder = tmp_path / "pictures"
+    """Parameters of a narrow SD-v1 teacher and eight images."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for i in range(8):
-        Image.fromarray(chance.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,a cat {i}\n" for i in range(8)))
     return {
         "preset": "sd-v1.4", "variant": "bk_small", "teacher": str(pipeline_dir), "train_data_dir": str(folder),
         "cache_dir": str(tmp_path / "cache"), "resolution": 64, "batch_size": 4, "gradient_accumulation_steps": 1,
-        "max_train_steps": 6, "validation_steps": 2,
+        "max_train_steps": 6, "validation_steps": 2, "checkpoint_steps": 2,
     }  # fmt: skip
 
 
 def trained(folder, **parameters):
     """A run in this process, as the notebook does it; its rows and the raw weights of its last step."""
-    job = prepare(write_config(folder, **parameters), folder)
-    rows = [rows for rows, _ in job.progress()][-1]
+    job = prepared(folder, **parameters)
+    rows = [rows for rows, _ in job.progress(job.config.num_processes)][-1]
     return rows, {name: tensor.clone() for name, tensor in job.student.state_dict().items()}
 
 
 def without_clock(rows):
-    """What of a log must not depend on the machine's mood."""
+    """What of a log must not depend on the background load."""
     return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "memory_gb")} for r in rows]
 
 
@@ -71,14 +79,14 @@ def newest(folder, part="unet"):
     return load_file(last / part / "diffusion_pytorch_model.safetensors")
 
 
-def test_the_command_trains_what_the_notebook_trains(narrow, tmp_path):
+def test_training_to_the_end_equals_the_notebooks_loop(narrow, tmp_path):
     rows, weights = trained(tmp_path / "notebook", **narrow)
     folder = tmp_path / "command"
-    given = [word for name, value in narrow.items() for word in ("-p", name, str(value))]
-    assert main(["--config", str(folder / "config.json"), *given]) == 0
+    train(write_config(folder, **narrow), folder, "cpu", scores)
     assert without_clock(read_log(folder / "log.csv")) == without_clock(rows)
     assert all(torch.equal(weights[name], tensor) for name, tensor in newest(folder).items())
     assert [row["step"] for row in read_log(folder / "validation.csv")] == [0, 2, 4, 6]
+    assert (folder / "unet_ema" / "config.json").exists()
 
 
 def test_a_checkpoint_of_another_variant_is_refused(narrow, tmp_path):
@@ -87,7 +95,7 @@ def test_a_checkpoint_of_another_variant_is_refused(narrow, tmp_path):
         trained(tmp_path / "run", **{**narrow, "variant": "bk_tiny", "resume": True})
 
 
-def test_fewer_pictures_than_a_batch_are_shown_again(narrow, tmp_path):
+def test_fewer_images_than_a_batch_are_repeated(narrow, tmp_path):
     rows, _ = trained(tmp_path / "run", **{**narrow, "batch_size": 12, "max_train_steps": 2})
     assert len(rows) == 2 and all(np.isfinite(losses(rows)))
 
@@ -100,17 +108,18 @@ def another_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_half_precision_keeps_full_weights_and_draws(narrow, tmp_path, monkeypatch, another_precision):
+@pytest.mark.slow
+def test_half_precision_keeps_full_weights_and_samples(narrow, tmp_path, monkeypatch, another_precision):
     rows, _ = trained(tmp_path / "full", **narrow)
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr("bksdm_utils.training.job.precision", lambda *_: "bf16")  # slow on a CPU, but the same code
-    job = prepare(write_config(tmp_path / "half", **narrow), tmp_path / "half")
+    job = prepared(tmp_path / "half", **narrow)
     half = [rows for rows, _ in job.progress()][-1]
     parts = (job.pipe.unet, job.pipe.vae, job.pipe.text_encoder)
     assert {part.dtype for part in parts} == {torch.bfloat16} and job.student.dtype == torch.float32
     assert losses(half) == pytest.approx(losses(rows), rel=0.05) and losses(half) != losses(rows)
-    picture = job.scorer.draw(with_unet(job.pipe, job.student))[0]
-    assert np.asarray(picture).std() > 0
+    image = generate(with_unet(job.pipe, job.student), ["a cat"], num_inference_steps=4)[0]
+    assert np.asarray(image).std() > 0
 
 
 def test_every_switch_trains(narrow, tmp_path):
@@ -120,26 +129,27 @@ def test_every_switch_trains(narrow, tmp_path):
     assert all(np.isfinite(losses(rows)))
 
 
+@pytest.mark.slow
 def test_compiled_networks_are_tapped_though_they_ran_before(narrow, tmp_path, monkeypatch):
     """Traced as for a GPU, without the minutes that building its kernels takes."""
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
     narrow |= {"max_train_steps": 2, "variant": "bk_tiny"}
     rows, _ = trained(tmp_path / "plain", **narrow)
-    job = prepare(write_config(tmp_path / "compiled", **narrow, compiled=True), tmp_path / "compiled")
-    draw = BatchRng(0, 0, range(4), 4, len(job.data))
-    latents, ids = job.data.batch(draw)
+    job = prepared(tmp_path / "compiled", **narrow, compiled=True)
+    rng = BatchRng(0, 0, range(4), 4, len(job.data))
+    latents, ids = job.data.batch(rng)
     for unet in (job.pipe.unet, job.student):
-        unet(latents, torch.tensor([5, 5, 5, 5]), **job.condition(ids))
+        unet(latents, torch.tensor([5, 5, 5, 5]), **job.conditioning(ids))
     compiled = [rows for rows, _ in job.progress()][-1]
     assert losses(compiled) == pytest.approx(losses(rows), rel=1e-5)
     torch._dynamo.reset()
 
 
 def test_a_cell_run_twice_does_not_take_a_trained_student_for_a_fresh_one(narrow, tmp_path):
-    job = prepare(write_config(tmp_path / "run", **narrow), tmp_path / "run")
+    job = prepared(tmp_path / "run", **narrow)
     next(job.progress())
-    with pytest.raises(ValueError, match="learned already"):
+    with pytest.raises(ValueError, match="trained already"):
         next(job.progress())
 
 
@@ -157,11 +167,12 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-LAUNCH = "import sys; from pathlib import Path; from bksdm_utils import processes; launch(Path(sys.argv[1]), 2)"
+LAUNCH = "import sys; from pathlib import Path; from bksdm_utils.processes import launch; launch(Path(sys.argv[1]), 2)"
 
 
-def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_path, capsys):
-    """Started by a process that ends; found, refused to others, stopped, started again: as if nothing had been."""
+@pytest.mark.slow
+def test_processes_outlive_their_starter_and_give_what_one_gives(narrow, tmp_path, capsys):
+    """Started by a process that ends; followed, refused with other settings, stopped, started again."""
     narrow |= {"max_train_steps": 40, "learning_rate": 1e-5}
     rows, weights = trained(tmp_path / "one", **narrow)
     folder = tmp_path / "two"
@@ -170,16 +181,16 @@ def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_p
     wait_for(lambda: read_log(folder / "log.csv"))
     assert running(folder)
     launch(folder, 2)
-    assert "at work here already" in capsys.readouterr().out
+    assert "already running" in capsys.readouterr().out
     write_config(folder, **narrow, seed=1)
-    with pytest.raises(ValueError, match="a run with other settings is at work"):
+    with pytest.raises(ValueError, match="other settings are running"):
         launch(folder, 2)
     stop(folder)
-    with pytest.raises(RuntimeError, match="ended before its last step"):
+    with pytest.raises(RuntimeError, match="ended before the work was finished"):
         list(follow(folder, every=0.1))
     done = read_log(folder / "log.csv")
     assert 0 < len(done) < 40 and f"step_{len(done):08}" in {p.name for p in (folder / "checkpoints").iterdir()}
-    job = prepare(write_config(folder, **narrow, resume=True), folder)
+    job = prepared(folder, **narrow, resume=True)
     for seen, _ in job.progress(num_processes=2):  # noqa: B007
         pass
     assert job.trainer.step == 40 and finished(folder)
@@ -187,10 +198,11 @@ def test_processes_outlive_their_starter_and_learn_what_one_learns(narrow, tmp_p
     assert all(torch.allclose(t, weights[name], atol=1e-5) for name, t in job.student.state_dict().items())
 
 
-def test_a_training_that_fails_says_so_with_its_own_words(narrow, tmp_path):
+@pytest.mark.slow
+def test_the_reason_of_a_failure_is_reported(narrow, tmp_path):
     write_config(tmp_path / "run", **{**narrow, "train_data_dir": str(tmp_path / "nowhere/at/all")})
     launch(tmp_path / "run", 1)
-    with pytest.raises(RuntimeError, match="(?s)ended before its last step.*is no folder"):
+    with pytest.raises(RuntimeError, match="(?s)ended before the work was finished.*nowhere"):
         list(follow(tmp_path / "run", every=0.1))
 
 
@@ -206,14 +218,16 @@ def linger(seconds, folder):
         time.sleep(0.01)
 
 
-def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
-    """SIGKILL while loading, encoding the cache, training, judging and writing checkpoints."""
+@pytest.mark.slow
+def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_an_unbroken_one(tmp_path):
+    """SIGKILL while loading, encoding the cache, training, validating and writing checkpoints."""
     parameters = {"max_train_steps": 60, "batch_size": 4, "validation_steps": 5, "num_validation_images": 2,
+                  "checkpoint_steps": 5, "num_train_scenes": 64,
                   "resume": True}  # fmt: skip
 
     def start(folder):
         write_config(folder, **parameters, cache_dir=str(folder / "cache"))
-        command = [sys.executable, "-m", "bksdm_utils.training.job", "--config", folder / "config.json"]
+        command = [sys.executable, "-m", "bksdm_utils", "train", "--config", folder / "config.json"]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     began, whole = time.monotonic(), start(tmp_path / "whole")
@@ -221,13 +235,13 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
     loading = time.monotonic() - began
     assert whole.wait() == 0
     training_time = time.monotonic() - began - loading
-    folder, chance = tmp_path / "killed", random.Random(0)
+    folder, rng = tmp_path / "killed", random.Random(0)
     for kill in range(20):  # the first ones in the time of loading and encoding, the others while it trains
         stamp = written(folder / "log.csv")
         child = start(folder)
         if kill >= 5:
             wait_for(lambda: written(folder / "log.csv") != stamp)  # noqa: B023
-        linger(chance.uniform(0, training_time / 24) if kill >= 5 else chance.uniform(loading / 2, loading), folder)
+        linger(rng.uniform(0, training_time / 24) if kill >= 5 else rng.uniform(loading / 2, loading), folder)
         child.kill()
         if child.wait() == 0:  # a machine in a hurry may end the run before its twentieth kill
             break
@@ -241,22 +255,23 @@ def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not_b
         assert len(read_log(folder / name)) == {"log.csv": 60, "validation.csv": 13}[name]
 
 
-def test_sd_v21_at_768_pixels_learns_v_prediction(narrow, tmp_path):
-    """The architecture, scheduler and picture size of SD-v2.1, narrow."""
+@pytest.mark.slow
+def test_sd_v21_trains_v_prediction_at_768_pixels(narrow, tmp_path):
+    """The architecture, scheduler and image size of SD-v2.1, narrow."""
     vae, tokenizer, text = narrow_parts()
     narrow_v2 = SD_V2 | {"block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "norm_num_groups": 4,
                          "attention_head_dim": [1, 2, 4, 4]}  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_config(narrow_v2),
-        scheduler=DDIMScheduler.from_config(teacher_config(PRESETS["sd-v2.1"], "scheduler")), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        scheduler=DDIMScheduler.from_config(teacher_config(KDTraining.filled(preset="sd-v2.1"), "scheduler")),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(tmp_path / "teacher")  # fmt: skip
-    changes = {"preset": "sd-v2.1", "teacher": str(tmp_path / "teacher"), "resolution": None, "batch_size": 1,
+    changes = {"preset": "sd-v2.1", "teacher": str(tmp_path / "teacher"), "resolution": 768, "batch_size": 1,
                "max_train_steps": 1}  # fmt: skip
     folder = tmp_path / "run"
-    job = prepare(write_config(folder, **{**narrow, **changes}), folder)
-    assert job.settings.resolution == 768 and job.data.shape == (4, 96, 96)
+    job = prepared(folder, **{**narrow, **changes})
+    assert job.config.resolution == 768 and job.data.shape == (4, 96, 96)
     assert job.noise_schedule.config.prediction_type == "v_prediction"
     rows = [rows for rows, _ in job.progress()][-1]
     assert np.isfinite(losses(rows)).all() and rows[0]["gradient_norm"] > 0
