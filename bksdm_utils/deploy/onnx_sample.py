@@ -1,6 +1,6 @@
-"""Draws a picture by the ONNX files beside this one; knows nothing of the package that exported them.
+"""Samples an image with the ONNX files beside this one, without the package that exported them.
 
-    python draw.py "a big red boat on the sea" --output boat.png
+    python sample.py "a big red boat on the sea" --output boat.png
 
 Needs onnxruntime, numpy, pillow, transformers (the tokenizer) and diffusers (the scheduler, in PyTorch).
 """
@@ -23,24 +23,24 @@ def network(folder: Path):
     return lambda **inputs: session.run(None, inputs)[0]
 
 
-def draw(folder: Path, prompt: str, seed: int, steps: int, guidance: float) -> Image.Image:
-    """One picture: text encoder, denoising steps with guidance, decoder."""
+def sample(folder: Path, prompt: str, seed: int, steps: int, guidance: float) -> Image.Image:
+    """One image: text encoder, denoising steps with guidance, decoder."""
     unet, text_encoder, decoder = (network(folder / name) for name in ("unet", "text_encoder", "vae_decoder"))
     settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, settings["_class_name"]).from_pretrained(folder / "scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="np").input_ids
-    told = text_encoder(input_ids=ids.astype(np.int64))
+    hidden_states = text_encoder(input_ids=ids.astype(np.int64))
     shape = json.loads((folder / "latents.json").read_text())
     latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
     scheduler.set_timesteps(steps)
     latents = latents * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        both = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
-        free, guided = torch.from_numpy(
-            unet(sample=both, timestep=np.array(t, np.float32), encoder_hidden_states=told)
+        inputs = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
+        unguided, guided = torch.from_numpy(
+            unet(sample=inputs, timestep=np.array(t, np.float32), encoder_hidden_states=hidden_states)
         ).chunk(2)
-        prediction = free + guidance * (guided - free) if guidance > 1 else guided
+        prediction = unguided + guidance * (guided - unguided) if guidance > 1 else guided
         latents = scheduler.step(prediction, t, latents).prev_sample
     pixels = decoder(latent_sample=latents.numpy())[0].transpose(1, 2, 0)
     return Image.fromarray(((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
@@ -49,10 +49,10 @@ def draw(folder: Path, prompt: str, seed: int, steps: int, guidance: float) -> I
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--output", default="picture.png")
+    parser.add_argument("--output", default="image.png")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=7.5)
-    chosen = parser.parse_args()
-    here = Path(__file__).resolve().parent
-    draw(here, chosen.prompt, chosen.seed, chosen.steps, chosen.guidance).save(chosen.output)
+    args = parser.parse_args()
+    folder = Path(__file__).resolve().parent
+    sample(folder, args.prompt, args.seed, args.steps, args.guidance).save(args.output)

@@ -4,205 +4,150 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, PNDMScheduler
 from PIL import Image
+from pydantic import ConfigDict, Field
 
+from ..config.base import Config, Positive, Seed, Share, parameter
+from ..config.deploy import Demo
+from ..config.training import Side
 from ..costs.counting import count
 from ..data.images import to_pixels
-from ..evaluation.sampling import Sampling, image_seed
-from ..models.pipelines import Pipeline, for_one_thread
+from ..evaluation.sampling import image_seed
+from ..models.lora import load_lora
+from ..models.pipelines import Pipeline, for_one_thread, load_unet, with_unet
 from ..models.schedulers import with_scheduler
 
-FEWEST_STEPS = 4  # PNDM needs them
-
-
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others include PostScript, which is a program
+MAX_GUIDANCE = 30
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The most that one request may ask for.
+class Request(Config):
+    """What is sampled; the images are a function of this and of the model."""
 
-    Attributes:
-        prompt: characters.
-        size: pixels a side of what is drawn; None is twice the first model's own.
-        megapixels: of a picture to start from.
-        waiting: requests in the queue; the next one is told that we are busy.
-    """
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    prompt: int = 1000
-    steps: int = 50
-    size: int | None = None
-    pictures: int = 4
-    megapixels: float = 25.0
-    waiting: int = 20
-
-    def __post_init__(self):
-        for name, least in {"prompt": 1, "steps": FEWEST_STEPS, "size": 8, "pictures": 1, "waiting": 1}.items():
-            if (most := getattr(self, name)) is not None and most < least:
-                raise ValueError(f"a limit of {most} {name} lets nobody draw: expected {least} or more")
-
-    def for_model(self, pipeline: Pipeline) -> Limits:
-        """These limits with a size that suits the model where none is set."""
-        return self if self.size else replace(self, size=2 * own_size(pipeline))
+    prompt: str = parameter("", "what the images show")
+    negative_prompt: str = parameter("", "what they should not show")
+    seed: Seed = parameter(0, "of the noise")
+    steps: Annotated[int, Field(ge=4)] = parameter(25, "denoising steps; PNDM needs 4")
+    guidance: Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] = parameter(7.5, "strength of classifier-free guidance")
+    images: Positive = parameter(1, "how many")
+    size: Side | None = parameter(None, "pixels a side; None is what the U-Net was trained for")
+    image: Image.Image | None = parameter(None, "image to start from; None starts from noise")
+    strength: Share = parameter(0.6, "how much of that image is replaced")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What shall be drawn; the pictures are a function of this and of the model.
-
-    Attributes:
-        size: pixels a side; None is what the U-Net was trained for.
-        picture: a picture to start from; None starts from noise alone.
-        strength: how much of the picture is drawn anew, 0 … 1; without a picture it means nothing.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    steps: int = 25
-    guidance: float = 7.5
-    pictures: int = 1
-    size: int | None = None
-    picture: Image.Image | None = None
-    strength: float = 0.6
-
-
-def check(request: Request, limits: Limits) -> None:
-    """Raises ValueError, saying what was expected, for a request beyond the limits or one that cannot be drawn."""
-    _check_text("prompt", request.prompt, limits.prompt)
-    _check_text("negative prompt", request.negative_prompt, limits.prompt)
-    ranges = {"seed": (0, 2**63 - 1), "steps": (FEWEST_STEPS, limits.steps), "guidance": (0.0, 30.0),
-              "pictures": (1, limits.pictures), "strength": (0.0, 1.0)}  # fmt: skip
-    for name, (low, high) in ranges.items():
-        _check_number(name, getattr(request, name), low, high)
-    if request.size is not None:
-        _check_number("size", request.size, 8, limits.size or math.inf)
-    Sampling(request.seed, request.steps, request.guidance, size=request.size)  # has rules of its own
-    if request.picture is not None:
-        check_upload(request.picture, limits)
+def check(request: Request, limits: Demo) -> None:
+    """Raises ValueError for a request beyond the limits, or one that cannot be sampled."""
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(request, name)
+        if len(text) > limits.max_prompt:
+            raise ValueError(f"{name} has {len(text):,} characters: expected at most {limits.max_prompt:,}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} holds half a character, which no tokenizer takes: type it again")
+    for name in ("steps", "images", "size"):
+        value, most = getattr(request, name), getattr(limits, f"max_{name}")
+        if value and most and value > most:
+            raise ValueError(f"{name} is {value}: expected at most {most}")
+    if request.image is not None:
+        check_upload(request.image, limits)
         if int(request.steps * request.strength) < 1:  # as diffusers counts
-            raise ValueError(f"strength {request.strength} of {request.steps} steps leaves none to draw: expected a "
-                             f"strength of {1 / request.steps:.2g} or more")  # fmt: skip
-
-
-def _check_text(name: str, text: object, most: int) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"the {name} is {type(text).__name__}: expected text")
-    if len(text) > most:
-        raise ValueError(f"the {name} has {len(text):,} characters: expected at most {most:,}. Shorten it")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"the {name} holds half a character, which no tokenizer takes: type it again")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    kinds, what = (int, "a whole number") if isinstance(low, int) else ((int, float), "a number")
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:  # NaN is in no range
-        raise ValueError(f"{name} is {str(value)[:40]}: expected {what} from {low:g} to {high:,}")
+            raise ValueError(f"strength {request.strength} of {request.steps} steps leaves none: expected "
+                             f"{1 / request.steps:.2g} or more")  # fmt: skip
 
 
 def open_upload(path: str | Path) -> Image.Image:
-    """A picture's file of a common format, of which nothing is decoded yet.
+    """An image file of a common format, not decoded yet.
 
     Raises:
-        ValueError: it is no picture, or a bomb: a small file that unpacks to gigabytes.
+        ValueError: it is no image, or a bomb: a small file that decodes to gigabytes.
     """
     try:
         return Image.open(path, formats=FORMATS)
-    except Exception as error:  # an unknown format, a broken header, a bomb: each has a class of its own
-        raise ValueError(f"this file is no picture that can be read: expected {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow has several classes for unknown formats, broken headers and bombs
+        raise ValueError(f"the file is no image that can be read: expected {', '.join(FORMATS)}") from error
 
 
-def check_upload(picture: Image.Image, limits: Limits) -> None:
-    """Raises ValueError for a picture that is too large (seen before it is decoded) or cannot be decoded."""
-    width, height = picture.size
-    if width * height > limits.megapixels * 1e6:
-        raise ValueError(f"the picture has {width:,} x {height:,} pixels: expected at most {limits.megapixels:g} "
-                         "megapixels. Make it smaller")  # fmt: skip
+def check_upload(image: Image.Image, limits: Demo) -> None:
+    """Raises ValueError for an image that is too large, which is known before it is decoded, or cannot be decoded."""
+    width, height = image.size
+    if width * height > limits.max_megapixels * 1e6:
+        raise ValueError(f"the image has {width:,} x {height:,} pixels: expected at most {limits.max_megapixels:g} "
+                         "megapixels")  # fmt: skip
     try:
-        to_pixels(picture, 8)
-    except Exception as error:  # every decoder raises kinds of its own for a file that ends early
-        raise ValueError("the picture is damaged or ends early: expected a whole one. Save it again") from error
+        to_pixels(image, 8)
+    except Exception as error:  # each decoder has its own classes
+        raise ValueError("the image is damaged or ends early: save it again") from error
 
 
 def own_size(pipeline: Pipeline) -> int:
-    """Pixels a side of the pictures that the U-Net was trained for."""
+    """Pixels a side of the images that the U-Net was trained for."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def generate_request(
     pipeline: Pipeline, request: Request, step: Callable[[int, int], None] | None = None
 ) -> tuple[list[Image.Image], float]:
-    """Draws a checked request; may be called from several threads at once, all with the same pipeline.
+    """Samples a checked request; several threads may call it at once with the same pipeline.
 
     Args:
-        step: called with (done, total) after each denoising step; what it raises ends the drawing.
+        step: called with (done, total) after each denoising step; an exception of it ends the sampling.
 
     Returns:
-        the pictures, number i from the noise of `picture_seed(seed, i)`, and the seconds that they took.
+        the images, number i from the noise of `image_seed(seed, i)`, and the seconds they took.
     """
-    member, total = _member(pipeline, request), evaluations(pipeline, request)
-    seeds = [image_seed(request.seed, i) for i in range(request.pictures)]
-    side, several = request.size or own_size(pipeline), request.pictures
-    named = {"height": side, "width": side}
-    if request.picture is not None:
-        start = (to_pixels(request.picture, side) + 1) / 2  # diffusers takes what has no negative value for 0 … 1
-        named = {"image": start.expand(several, -1, -1, -1), "strength": request.strength}
+    total, side = evaluations(pipeline, request), request.size or own_size(pipeline)
+    own, size = for_one_thread(pipeline), {"height": side, "width": side}
+    own.scheduler = _scheduler(pipeline, request)
+    if request.image is not None:
+        own = AutoPipelineForImage2Image.from_pipe(own)
+        own.set_progress_bar_config(disable=True)
+        start = (to_pixels(request.image, side) + 1) / 2  # diffusers takes values from 0 to 1
+        size = {"image": start.expand(request.images, -1, -1, -1), "strength": request.strength}
 
-    def after(_, number: int, timestep: int, kept: dict) -> dict:
+    def after(_, index: int, timestep: int, kwargs: dict) -> dict:
         if step is not None:
-            step(number + 1, total)
-        return kept
+            step(index + 1, total)
+        return kwargs
 
+    generators = [torch.Generator().manual_seed(image_seed(request.seed, i)) for i in range(request.images)]
     started = time.perf_counter()
-    pictures = member(
-        [request.prompt] * several, negative_prompt=[request.negative_prompt] * several,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=request.steps,
-        guidance_scale=request.guidance, callback_on_step_end=after, **named,
+    images = own(
+        [request.prompt] * request.images, negative_prompt=[request.negative_prompt] * request.images,
+        generator=generators, num_inference_steps=request.steps, guidance_scale=request.guidance,
+        callback_on_step_end=after, **size,
     ).images  # fmt: skip
-    return pictures, time.perf_counter() - started
-
-
-def _member(pipeline: Pipeline, request: Request) -> DiffusionPipeline:
-    """A pipeline around the same weights, for one drawing."""
-    member = for_one_thread(pipeline)
-    member.scheduler = _scheduler(pipeline, request)
-    if request.picture is not None:
-        member = AutoPipelineForImage2Image.from_pipe(member)
-        member.set_progress_bar_config(disable=True)
-    return member
+    return images, time.perf_counter() - started
 
 
 def _scheduler(pipeline: Pipeline, request: Request):
-    """A scheduler for one drawing."""
-    if request.picture is not None and type(pipeline.scheduler).__name__ == "PNDMScheduler":
-        # PNDM takes its first timestep twice. Begun in the middle it runs one step behind, and noise stays.
+    if request.image is not None and isinstance(pipeline.scheduler, PNDMScheduler):
+        # PNDM takes its first timestep twice: begun in the middle it runs one step behind, and noise stays.
         return with_scheduler(pipeline, "dpm++").scheduler
     return copy.deepcopy(pipeline.scheduler)
 
 
 def evaluations(pipeline: Pipeline, request: Request) -> int:
-    """How often the U-Net is called for a request: PNDM does so once more than it has steps."""
+    """How often the U-Net is called for a request: with PNDM once more than there are steps."""
     scheduler = _scheduler(pipeline, request)
     scheduler.set_timesteps(request.steps)
-    drawn = min(int(request.steps * request.strength), request.steps)
-    skipped = 0 if request.picture is None else request.steps - drawn
-    return len(scheduler.timesteps) - skipped * scheduler.order
+    kept = request.steps if request.image is None else min(int(request.steps * request.strength), request.steps)
+    return len(scheduler.timesteps) - (request.steps - kept) * scheduler.order
 
 
 def macs(pipeline: Pipeline, request: Request) -> int:
     """Multiply-accumulates of the U-Net for a whole request, in the paper's convention; guidance doubles them."""
     side = (request.size or own_size(pipeline)) // pipeline.vae_scale_factor
     once = _macs_once(json.dumps(dict(pipeline.unet.config), default=str), side)
-    return once * evaluations(pipeline, request) * request.pictures * (2 if request.guidance > 1 else 1)
+    return once * evaluations(pipeline, request) * request.images * (2 if request.guidance > 1 else 1)
 
 
 @lru_cache(maxsize=64)
@@ -211,10 +156,33 @@ def _macs_once(config: str, side: int) -> int:
 
 
 def cut_off(pipeline: Pipeline, text: str) -> str:
-    """The end of a text that the text encoder has no room for, or nothing."""
-    ids, room = pipeline.tokenizer(text).input_ids, pipeline.tokenizer.model_max_length
-    return pipeline.tokenizer.decode(ids[room - 1 : -1]) if len(ids) > room else ""
+    """The end of a text beyond the text encoder's maximum length, or nothing."""
+    ids, most = pipeline.tokenizer(text).input_ids, pipeline.tokenizer.model_max_length
+    return pipeline.tokenizer.decode(ids[most - 1 : -1]) if len(ids) > most else ""
 
 
-class Stopped(Exception):
-    """Nobody waits for the drawing any more."""
+def cost(pipeline: Pipeline, request: Request, seconds: float) -> str:
+    """Seconds and multiply-accumulates of a request in a few words."""
+    return f"{seconds:.1f} s, {macs(pipeline, request) / 1e9:,.3g} G MACs"
+
+
+def load_student(pipeline: Pipeline, path: str | Path, lora: str | Path | None = None) -> Pipeline:
+    """The pipeline with a student's U-Net, and with a LoRA merged."""
+    student = with_unet(pipeline, load_unet(path, pipeline))
+    return load_lora(student, lora) if lora else student
+
+
+def side_by_side(models: Mapping[str, Pipeline], request: Request) -> dict[str, list[Image.Image]]:
+    """A row of images for each model, named by model and cost; the request is checked first."""
+    check(request, Demo())
+    results = {name: generate_request(model, request) for name, model in models.items()}
+    return {f"{name}\n{cost(models[name], request, seconds)}": images for name, (images, seconds) in results.items()}
+
+
+def by_strength(models: Mapping[str, Pipeline], request: Request, strengths: Sequence[float]) -> dict[str, list]:
+    """The image that a request starts from, and a row for each model of its first image at each strength."""
+    rows = {"start": [request.image.convert("RGB")] * len(strengths)}
+    requests = [request.but(strength=strength) for strength in strengths]
+    for each in requests:
+        check(each, Demo())
+    return rows | {name: [generate_request(model, each)[0][0] for each in requests] for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""Export as one file in the original Stable Diffusion layout."""
+"""Export as one file in the original Stable Diffusion layout (notebook 06)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
+from ..files import new_folder
 from ..models.pipelines import with_unet
-from .export import NotExpressible, _check_sd, _prefixed, _save_tokenizer, new_folder
+from .formats import NotExpressible, check_sd, prefixed, save_tokenizer
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-
-
 PAIR = ("resnets", "attentions")
-
-
 VAE_PARTS = {"conv_norm_out": "norm_out", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
              "mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
              "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut"}  # fmt: skip
@@ -30,46 +27,43 @@ VAE_PARTS = {"conv_norm_out": "norm_out", "downsamplers.0": "downsample", "upsam
 def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name: str) -> str:
     """One file in the layout of the original Stable Diffusion, which Automatic1111 and ComfyUI read.
 
-    `folder` gets name.safetensors; name.yaml, the description that Automatic1111 wants beside it; and config/, with
+    `folder` gets name.safetensors; name.yaml, the description that Automatic1111 needs beside it; and config/, with
     which `StableDiffusionPipeline.from_single_file(file, config=…)` loads it offline.
 
-    That layout always has a middle block. A student without one gets one that changes nothing: its last layers are
-    zero, and what they are added to passes unchanged.
+    That layout always has a mid block. A student without one gets one whose residuals are zero.
 
     Returns:
-        what whoever passes the file on should know.
+        a remark for users of the file.
 
     Raises:
         NotExpressible: the layout cannot hold the model.
-        ValueError: the folder is there already.
+        ValueError: the folder exists.
     """
-    _check_sd(pipeline)
+    check_sd(pipeline)
     unet = with_mid_block(pipeline.unet)
     _check_expressible(unet)
     added = sum(p.numel() for p in unet.parameters()) - sum(p.numel() for p in pipeline.unet.parameters())
     tensors = {f"model.diffusion_model.{k}": t for k, t in ldm_unet(unet).items()}
     tensors |= {f"first_stage_model.{k}": t for k, t in ldm_vae(pipeline.vae).items()}
     texts = pipeline.text_encoder.state_dict().items()
-    tensors |= {f"cond_stage_model.transformer.{_prefixed(k)}": t for k, t in texts if not k.endswith("position_ids")}
+    tensors |= {f"cond_stage_model.transformer.{prefixed(k)}": t for k, t in texts if not k.endswith("position_ids")}
     with new_folder(folder) as part:
         save_file({k: t.contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
         (part / f"{name}.yaml").write_text(yaml.safe_dump(ldm_config(unet, pipeline), sort_keys=False))
         _save_configs(with_unet(pipeline, unet), part / "config")
-    return _about_single_file(pipeline, added)
+    return _remark(pipeline, added)
 
 
-def _about_single_file(pipeline: StableDiffusionPipeline, added: int) -> str:
-    told = [f"a middle block that changes nothing was added, {added:,} parameters"] if added else []
-    if pipeline.text_encoder.config.hidden_size != 768:
-        told.append("Automatic1111 and ComfyUI take the text encoder for CLIP ViT-L/14, which this one is not: "
-                    "diffusers loads the file, they do not")  # fmt: skip
-    else:
-        told.append("not yet tried in Automatic1111 and ComfyUI themselves")
-    return "; ".join(told)
+def _remark(pipeline: StableDiffusionPipeline, added: int) -> str:
+    mid_block = f"a mid block that changes nothing was added, {added:,} parameters; " if added else ""
+    if pipeline.text_encoder.config.hidden_size == 768:
+        return mid_block + "not yet tried in Automatic1111 and ComfyUI themselves"
+    return mid_block + ("Automatic1111 and ComfyUI expect the text encoder CLIP ViT-L/14, which this one is not: "
+                        "diffusers loads the file, they do not")  # fmt: skip
 
 
 def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The U-Net itself, or one without a mid block with one of which the residuals are zero: it draws the same."""
+    """The U-Net itself, or one without a mid block with one that adds zero, so that its output is the same."""
     if unet.mid_block is not None:
         return unet
     config = {**unet.config, "mid_block_type": "UNetMidBlock2DCrossAttn"}
@@ -82,21 +76,16 @@ def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def _check_expressible(unet: UNet2DConditionModel) -> None:
     if unet.config.use_linear_projection:
-        raise NotExpressible(
-            "single files are written for models of SD-v1's kind only: SD-v2 names its text encoder otherwise. Export "
-            "a diffusers folder instead"
-        )
+        raise NotExpressible("single files are for SD-v1 only: SD-v2 names its text encoder otherwise. Use diffusers")
     layers = {len(block.resnets) for block in unet.down_blocks}
     if len(layers) > 1 or any(len(block.resnets) != max(layers) + 1 for block in unet.up_blocks):
-        raise NotExpressible(
-            f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: export a diffusers "
-            "folder instead"
-        )
+        raise NotExpressible(f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: "
+                             "use diffusers")  # fmt: skip
 
 
 def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """A U-Net's weights by the names of the original Stable Diffusion: input_blocks.4.0.in_layers.2.weight."""
-    places = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+    names = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
               "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
@@ -104,28 +93,28 @@ def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     for i, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
             number += 1
-            places |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
+            names |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
         if block.downsamplers:
             number += 1
-            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
     number = -1
     for i, block in enumerate(unet.up_blocks):
         for j in range(len(block.resnets)):
             number += 1
-            places |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
+            names |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
         if block.upsamplers:
             after = 1 + hasattr(block, "attentions")
-            places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
-    return {_placed(name, places): tensor for name, tensor in unet.state_dict().items()}
+            names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
+    return {_renamed(name, names): tensor for name, tensor in unet.state_dict().items()}
 
 
-def _placed(name: str, places: Mapping[str, str]) -> str:
-    place = next(p for p in places if name.startswith(p + "."))
-    rest = name[len(place) + 1 :]
-    if ".resnets." in place:
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    module = next(m for m in names if name.startswith(m + "."))
+    rest = name[len(module) + 1 :]
+    if ".resnets." in module:
         layer, kind = rest.split(".")
         rest = f"{RESNET[layer]}.{kind}"
-    return f"{places[place]}.{rest}"
+    return f"{names[module]}.{rest}"
 
 
 def ldm_vae(vae: nn.Module) -> dict[str, torch.Tensor]:
@@ -160,8 +149,9 @@ def ldm_config(unet: UNet2DConditionModel, pipeline: StableDiffusionPipeline) ->
                      "ch_mult": [channels // vae.block_out_channels[0] for channels in vae.block_out_channels],
                      "attn_resolutions": [], "dropout": 0.0},
     }  # fmt: skip
+    parameterization = "v" if schedule.prediction_type == "v_prediction" else "eps"
     params = {
-        "linear_start": schedule.beta_start, "linear_end": schedule.beta_end, "parameterization": _predicts(schedule),
+        "linear_start": schedule.beta_start, "linear_end": schedule.beta_end, "parameterization": parameterization,
         "timesteps": schedule.num_train_timesteps, "first_stage_key": "jpg", "cond_stage_key": "txt",
         "conditioning_key": "crossattn", "scale_factor": vae.scaling_factor, "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
@@ -171,15 +161,11 @@ def ldm_config(unet: UNet2DConditionModel, pipeline: StableDiffusionPipeline) ->
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
-def _predicts(schedule) -> str:
-    return "v" if schedule.prediction_type == "v_prediction" else "eps"
-
-
 def _save_configs(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """All of a diffusers folder but its weights."""
+    """A diffusers folder without its weights."""
     folder.mkdir()
     pipeline.save_config(folder)
     for part in ("unet", "vae", "scheduler"):
         getattr(pipeline, part).save_config(folder / part)
     pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
-    _save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
+    save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
