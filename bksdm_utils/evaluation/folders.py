@@ -1,6 +1,7 @@
-"""Folders of images: sampled from prompts, each with a line in a manifest, and resumed where they stopped.
+"""Folders of images: sampled from prompts, resumed where they stopped, shared by several processes (notebook 04).
 
-An image depends on the model, the settings, its prompt and its id alone: not on order, processes or interruptions.
+An image depends on the model, the settings, its prompt and its id: not on order, processes or interruptions. It has its
+final name only when it is complete; a line of a manifest then records its prompt and the hash of the file.
 """
 
 from __future__ import annotations
@@ -8,26 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from PIL import Image
 
+from ..config.evaluation import FolderSampling
 from ..files import ROOT, folder_lock, in_threads, write_json
 from ..models.hashes import model_hash
 from ..models.pipelines import Pipeline
 from ..processes import running
 from .prompts import Prompt, check_prompts
-from .sampling import SUFFIXES, Sampling, check_steps, image_seed, sample_batches
+from .sampling import check_steps, image_seed, sample_batches
+
+ENCODINGS = {"png": (".png", {"format": "PNG"}), "jpeg": (".jpg", {"format": "JPEG", "quality": 75})}
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """A line of the manifest: a picture that is in the folder, and what it was drawn from."""
+    """An image of a folder, and what it was sampled from."""
 
     id: str
     text: str
@@ -37,7 +39,7 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a folder is: pictures there, pictures wanted, and those that have just come."""
+    """How many images of a folder are complete, how many are wanted, and the newest."""
 
     done: int
     total: int
@@ -45,12 +47,12 @@ class Progress:
 
 
 def sample_folder(
-    pipeline: Pipeline, prompts: Sequence[Prompt], folder: Path, sampling: Sampling, model: str | None = None
+    pipeline: Pipeline, prompts: Sequence[Prompt], folder: Path, sampling: FolderSampling, model: str | None = None
 ) -> Iterator[Progress]:
-    """Draws what is missing in a folder: `images/<id>.png` or `.jpg`, each with a line in a manifest.
+    """Samples what a folder lacks: `images/<id>.png` or `.jpg`.
 
-    Pictures that stand there whole, drawn by the same model with the same settings, are kept; lost or damaged ones are
-    drawn again. Of several processes (accelerate's) each draws its share.
+    Complete images of the same model and settings are kept; missing or damaged ones are sampled again. Each of several
+    processes (accelerate's) samples its share.
 
     Args:
         model: `model_hash(pipeline)`, where it is known already.
@@ -59,188 +61,146 @@ def sample_folder(
         Progress at the beginning and after every pass.
 
     Raises:
-        ValueError: the folder holds another model's pictures, or other settings' or prompts'; ids cannot be used, or
-            the scheduler needs more steps.
+        ValueError: the folder has images of another model, of other settings or prompts; ids that cannot name files;
+            too few steps for the scheduler.
     """
     check_prompts(prompts)
     check_steps(pipeline, sampling)
     state = PartialState(cpu=pipeline.device.type == "cpu")
     # In several processes the others would wait in vain for the main one, and NCCL would end them.
     with folder_lock(folder, wait=state.num_processes == 1):
-        _claim(folder, {"model": model or model_hash(pipeline), **_fixed(sampling)}, state.is_main_process)
+        _claim(folder, _settings(model or model_hash(pipeline), sampling), state.is_main_process)
         state.wait_for_everyone()
-        have = complete_images(folder)
-        check_same_prompts(folder, prompts, have)
+        complete = complete_images(folder)
+        check_same_prompts(folder, prompts, complete)
         state.wait_for_everyone()  # all have read the same before any writes
-        missing = [prompt for prompt in prompts if prompt.id not in have]
-        there, total = len(prompts) - len(missing), len(prompts)
-        yield Progress(there, total)
-        # Of what is missing: a share of all prompts might be there already, and its process wait till NCCL ends it.
+        missing = [prompt for prompt in prompts if prompt.id not in complete]
+        before, total = len(prompts) - len(missing), len(prompts)
+        yield Progress(before, total)
+        # A share of what is missing: a share of all prompts may be complete, and its process would wait for the others.
         share = missing[state.process_index :: state.num_processes]
-        for done, newest in _fill(pipeline, share, folder, sampling):
-            yield Progress(min(total, there + done * state.num_processes), total, newest)
-        state.wait_for_everyone()  # the lock is everybody's
+        for done, newest in _sample_into(folder, pipeline, share, sampling):
+            yield Progress(min(total, before + done * state.num_processes), total, newest)
+        state.wait_for_everyone()  # one lock for all
 
 
-def _fill(
-    pipeline: Pipeline, missing: Sequence[Prompt], folder: Path, sampling: Sampling
-) -> Iterator[tuple[int, tuple[tuple[Prompt, Image.Image], ...]]]:
-    """Draws `missing` into the folder; yields after every pass how many are done, and the newest."""
-    seeds, done = [image_seed(sampling.seed, p.id) for p in missing], 0
-    with _manifest(folder / f"manifest-{PartialState().process_index}.jsonl") as manifest:
-        for pictures in sample_batches(pipeline, [p.text for p in missing], seeds, sampling):
-            new = range(done, done + len(pictures))
-            for i, picture in zip(new, pictures, strict=True):
-                sha256 = _write_image(_path(folder, missing[i].id, sampling.image_format), picture)
-                line = asdict(ManifestEntry(missing[i].id, missing[i].text, seeds[i], sha256))
-                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
-            manifest.flush()
-            done += len(pictures)
-            yield done, tuple(zip((missing[i] for i in new), pictures, strict=True))
+def _sample_into(folder: Path, pipeline: Pipeline, prompts: Sequence[Prompt], sampling: FolderSampling) -> Iterator:
+    """Yields after every pass how many images are done, and the newest."""
+    seeds, done = [image_seed(sampling.seed, prompt.id) for prompt in prompts], 0
+    for images in sample_batches(pipeline, [prompt.text for prompt in prompts], seeds, sampling):
+        chosen = slice(done, done + len(images))
+        newest = tuple(zip(prompts[chosen], images, strict=True))
+        add_images(folder, newest, seeds[chosen], sampling.image_format)
+        done += len(images)
+        yield done, newest
 
 
-def _fixed(sampling: Sampling) -> dict:
-    """The settings that a folder's pictures must share; the batch size changes none of them."""
-    return {name: value for name, value in asdict(sampling).items() if name != "batch_size"}
+def add_images(folder: Path, images: Sequence[tuple[Prompt, Image.Image]], seeds: Sequence[int], image_format: str):
+    """Writes images, each under a temporary name first, and adds them to this process's manifest."""
+    (suffix, options), entries = ENCODINGS[image_format], []
+    for (prompt, image), seed in zip(images, seeds, strict=True):
+        path = folder / "images" / f"{prompt.id}{suffix}"
+        part = path.with_name(path.name + ".part")
+        image.save(part, **options)
+        entries.append(ManifestEntry(prompt.id, prompt.text, seed, hashlib.sha256(part.read_bytes()).hexdigest()))
+        os.replace(part, path)
+    _append(folder, entries)
 
 
-def _claim(folder: Path, about: Mapping, main: bool) -> None:
-    """Writes what the pictures of a folder share, or checks that it is so."""
-    path, images = folder / "sampling.json", folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    if path.exists() and any(images.iterdir()):
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [f"{name} {before.get(name)!r}, now {value!r}" for name, value in about.items()
-                 if before.get(name) != value]  # fmt: skip
-        if other:
-            raise ValueError(f"{folder} holds pictures of {'; of '.join(other)}: pictures of two kinds are not mixed. "
-                             "Use another folder, or delete this one")  # fmt: skip
-    elif any(images.iterdir()) and main:
-        raise ValueError(f"{images} holds pictures, but no sampling.json says whose: use another folder")
-    elif main:
-        write_json(path, about)
-
-
-def _path(folder: Path, id: str, image_format: str) -> Path:
-    return folder / "images" / f"{id}{SUFFIXES[image_format]}"
-
-
-def _write_image(path: Path, picture: Image.Image) -> str:
-    """Writes it under a temporary name and renames it; returns the sha256 of the file."""
-    part = path.with_name(path.name + ".part")
-    if path.suffix == ".jpg":
-        picture.save(part, "JPEG", quality=75)
-    else:
-        picture.save(part, "PNG")
-    sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
-    os.replace(part, path)
-    return sha256
-
-
-@contextmanager
-def _manifest(path: Path) -> Iterator:
-    """The manifest, to be written on; a line that a kill tore is cut off first."""
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-    with path.open("a", encoding="utf-8") as file:
-        yield file
+def _append(folder: Path, entries: Iterable[ManifestEntry]) -> None:
+    with (folder / f"manifest-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+        # The line break comes first, for the last line may be one that a kill cut off.
+        file.write("".join(f"\n{json.dumps(asdict(entry))}" for entry in entries))
 
 
 def read_manifest(folder: Path) -> list[ManifestEntry]:
-    """Every line of a folder's manifests, one file for each process; torn lines are left out."""
-    drawn, names = [], {f.name for f in fields(ManifestEntry)}
+    """The entries of a folder's manifests, one file for each process; a line that was cut off is left out."""
+    entries = []
     for path in sorted(folder.glob("manifest-*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        for line in path.read_text(errors="replace").split("\n"):
             try:
-                about = json.loads(line)
-            except ValueError:
+                entries.append(ManifestEntry(**json.loads(line)))
+            except (ValueError, TypeError):
                 continue
-            if isinstance(about, dict) and names <= set(about):
-                drawn.append(ManifestEntry(**{name: about[name] for name in names}))
-    return drawn
+    return entries
 
 
-def complete_images(folder: Path) -> dict[str, ManifestEntry]:
-    """The pictures of a folder that are what its manifest says, by id."""
-    image_format = _image_format(folder)
-
-    def whole(drawn: ManifestEntry) -> bool:
-        try:
-            return hashlib.sha256(_path(folder, drawn.id, image_format).read_bytes()).hexdigest() == drawn.sha256
-        except OSError:
-            return False
-
-    listed = read_manifest(folder)
-    return {drawn.id: drawn for drawn, good in zip(listed, in_threads(whole, listed), strict=True) if good}
+def _settings(model: str, sampling: FolderSampling) -> dict:
+    """What the images of a folder share; the batch size changes none of them."""
+    return {"model": model} | {name: value for name, value in sampling.values().items() if name != "batch_size"}
 
 
-def image_path(folder: Path, id: str) -> Path:
-    """Where the picture of an id stands."""
-    return _path(folder, id, _image_format(folder))
+def _claim(folder: Path, settings: Mapping, main: bool) -> None:
+    """Writes what the images of a folder share, or raises ValueError where it has images of something else."""
+    path, images = folder / "sampling.json", folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    if not any(images.iterdir()):
+        return write_json(path, settings) if main else None
+    check_is_image_folder(folder)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if other := [f"{n} {before.get(n)!r}, now {value!r}" for n, value in settings.items() if before.get(n) != value]:
+        raise ValueError(f"{folder} has images of {'; of '.join(other)}: use another folder, or delete this one")
 
 
 def check_is_image_folder(folder: Path) -> None:
-    """Raises ValueError for a folder that `sample` never worked on."""
+    """Raises ValueError for a folder that `sample_folder` did not fill."""
     if not (folder / "sampling.json").is_file():
-        raise ValueError(f"{folder} has no sampling.json: expected a folder of pictures as notebook 04 fills them")
+        raise ValueError(f"{folder} has no sampling.json: expected a folder of images as notebook 04 samples them")
+
+
+def check_same_prompts(folder: Path, prompts: Sequence[Prompt], complete: Mapping[str, ManifestEntry]) -> None:
+    """Raises ValueError where an image of the folder was sampled from another text than its prompt's."""
+    for prompt in prompts:
+        entry = complete.get(prompt.id)
+        if entry is not None and entry.text != prompt.text:
+            raise ValueError(f"{folder} has image {prompt.id} of {entry.text!r}, now it is {prompt.text!r}: other "
+                             "prompts under the same ids. Use another folder")  # fmt: skip
+
+
+def image_path(folder: Path, id: str) -> Path:
+    """The file of an image, in the folder's format."""
+    png, jpeg = (folder / "images" / f"{id}{suffix}" for suffix, _ in ENCODINGS.values())
+    return png if png.exists() else jpeg
+
+
+def complete_images(folder: Path) -> dict[str, ManifestEntry]:
+    """The images whose file has the hash that the manifest records, by id."""
+    check_is_image_folder(folder)
+
+    def is_complete(entry: ManifestEntry) -> bool:
+        try:
+            return hashlib.sha256(image_path(folder, entry.id).read_bytes()).hexdigest() == entry.sha256
+        except OSError:
+            return False
+
+    entries = read_manifest(folder)
+    return {entry.id: entry for entry, whole in zip(entries, in_threads(is_complete, entries), strict=True) if whole}
 
 
 def delete_images(folder: Path, prompts: Sequence[Prompt]) -> None:
-    """Deletes the pictures of these prompts, so that `sample` draws them anew; those of others stay.
+    """Deletes the images of these prompts, so that they are sampled again; those of others stay.
 
     Raises:
-        ValueError: processes of their own are filling the folder.
+        ValueError: processes are filling the folder.
     """
     if not (folder / "sampling.json").is_file():
         return
     if running(folder):
-        raise ValueError(f"{folder} is being filled: wait for it, or stop it by bksdm_utils.processes.stop")
+        raise ValueError(f"processes are filling {folder}: wait for them, or stop them by bksdm_utils.processes.stop")
     with folder_lock(folder, wait=True):
-        for prompt in prompts:
-            image_path(folder, prompt.id).unlink(missing_ok=True)
-        _without(folder, {prompt.id for prompt in prompts})
+        ids = {prompt.id for prompt in prompts}
+        kept = [entry for entry in read_manifest(folder) if entry.id not in ids]
+        for path in (*(image_path(folder, id) for id in ids), *folder.glob("manifest-*.jsonl")):
+            path.unlink(missing_ok=True)
+        _append(folder, kept)
 
 
-def _without(folder: Path, ids: set[str]) -> None:
-    """Drops the lines of these ids from a folder's manifests."""
-    left = [drawn for drawn in read_manifest(folder) if drawn.id not in ids]
-    part = folder / "manifest.part"
-    part.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in left), encoding="utf-8")
-    for path in folder.glob("manifest-*.jsonl"):
-        path.unlink()
-    os.replace(part, folder / "manifest-0.jsonl")
-
-
-def _image_format(folder: Path) -> str:
-    check_is_image_folder(folder)
-    path = folder / "sampling.json"
-    return _read_image_format(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _read_image_format(path: Path, written: int) -> str:
-    """Asked for with every picture; `written`, the file's time, tells a folder that was made anew."""
-    return json.loads(path.read_text(encoding="utf-8"))["image_format"]
-
-
-def check_same_prompts(folder: Path, prompts: Sequence[Prompt], have: Mapping[str, ManifestEntry]) -> None:
-    """Raises ValueError where a picture that the folder has was drawn from another text than its prompt's."""
-    for prompt in prompts:
-        drawn = have.get(prompt.id)
-        if drawn is not None and drawn.text != prompt.text:
-            raise ValueError(f"{folder} holds picture {prompt.id} of {drawn.text!r}, now it is {prompt.text!r}: other "
-                             "prompts under old ids. Use another folder")  # fmt: skip
-
-
-def folder_of(cache_dir: str | Path | None, name: str, model: str, sampling: Sampling) -> Path:
-    """Where a model's pictures are kept, so that runs with the same model and settings share them.
+def folder_of(images_dir: str | Path | None, name: str, model: str, sampling: FolderSampling) -> Path:
+    """The folder of a model's images, which runs with the same model and settings share.
 
     Args:
-        cache_dir: None is outputs/cache/pictures.
+        images_dir: None is outputs/cache/images.
         model: `model_hash` of the pipeline.
     """
-    about = json.dumps({"model": model, **_fixed(sampling)}, sort_keys=True)
-    key = hashlib.sha256(about.encode()).hexdigest()[:12]
-    return Path(cache_dir or ROOT / "outputs" / "cache" / "pictures") / f"{name}-{key}"
+    key = hashlib.sha256(json.dumps(_settings(model, sampling), sort_keys=True).encode()).hexdigest()[:12]
+    return Path(images_dir or ROOT / "outputs" / "cache" / "images") / f"{name}-{key}"

@@ -1,4 +1,4 @@
-"""FID, KID, Inception score, CLIP score, accuracies: numbers from features."""
+"""FID, KID, Inception score, CLIP score, accuracies: numbers from features (notebook 04)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .networks import MetricClip, Network
 
 
 class Score(NamedTuple):
-    """A number and its error bar: one standard error, of the Inception score the spread over its splits."""
+    """A number and its error bar: one standard error; of the Inception score the spread over its splits."""
 
     value: float
     error: float
@@ -30,22 +30,17 @@ class Score(NamedTuple):
 
 
 class Statistics:
-    """Mean and covariance of features, all that the FID needs.
-
-    Args:
-        mean: (D,).
-        covariance: (D, D), divided by N - 1.
-    """
+    """Mean (D,) and covariance (D, D), divided by N - 1, of features: all that the FID needs."""
 
     def __init__(self, mean: np.ndarray, covariance: np.ndarray):
         self.mean, self.covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
 
     @classmethod
     def of(cls, rows: np.ndarray, chosen: np.ndarray | None = None, block: int = 2048) -> Statistics:
-        """Of rows (N, D), or of some of them, read block by block, so that they may be a file."""
+        """Of rows (N, D), or of some of them; only a block of them at a time is held in double precision."""
         chosen = np.arange(len(rows)) if chosen is None else np.sort(chosen)
         if len(chosen) < 2:
-            raise ValueError(f"{len(chosen)} pictures: a covariance needs two at least")
+            raise ValueError(f"{len(chosen)} images: a covariance needs two at least")
         blocks = [chosen[start : start + block] for start in range(0, len(chosen), block)]
         mean = sum(np.asarray(rows[b], np.float64).sum(0) for b in blocks) / len(chosen)
         centred = (np.asarray(rows[b], np.float64) - mean for b in blocks)
@@ -57,29 +52,26 @@ class Statistics:
 
         Args:
             network: whose features they must be.
-            nameless: take a file that does not say whose they are, as published ones do not.
+            nameless: accept a file that does not name its network; published ones do not.
 
         Raises:
-            ValueError: it cannot be read, or is of another network as far as that can be told.
+            ValueError: it cannot be read, or is of another network.
         """
         try:
             with np.load(path) as file:
                 mean, covariance, key = file["mu"], file["sigma"], str(file["network"]) if "network" in file else None
         except Exception as error:  # zipfile, pickle and numpy each raise their own
             raise ValueError(f"{path} cannot be read ({error}): expected an .npz with mu and sigma") from error
-        dim = network.dim
-        if mean.shape != (dim,) or covariance.shape != (dim, dim):
-            raise ValueError(f"{path} has mu {mean.shape} and sigma {covariance.shape}, this network gives {dim} "
-                             "features: the statistics are of another network or layer")  # fmt: skip
+        if mean.shape != (network.dim,) or covariance.shape != (network.dim, network.dim):
+            raise ValueError(f"{path} has mu {mean.shape}, sigma {covariance.shape}: expected {network.dim} features; "
+                             "the statistics are of another network or layer")  # fmt: skip
         if key != network.key and not (nameless and key is None):
-            raise ValueError(
-                f"{path} is of {'another network' if key else 'a network that it does not name'}: expected statistics "
-                f"of {network.name}. Name a folder or .zip of pictures instead"
-            )
+            wrong = "another network" if key else "a network that it does not name"
+            raise ValueError(f"{path} is of {wrong}: expected statistics of {network.name}; or name real images")
         return cls(mean, covariance)
 
     def save(self, path: Path, network: Network) -> None:
-        """As pytorch-fid writes it, and whose features they are of."""
+        """As pytorch-fid writes it, with the key of the network."""
         np.savez(path, mu=self.mean, sigma=self.covariance, network=network.key)
 
     @cached_property
@@ -92,17 +84,17 @@ class Statistics:
 def fid(features, real) -> float:
     """Fréchet distance of Gaussians: |m - m_r|² + Tr(C + C_r - 2 (C C_r)^½) (arXiv 1706.08500).
 
-    Few pictures bias it upwards: only values of equally many pictures and one network may be compared. The trace of
-    the root is summed over the eigenvalues of C_r^½ C C_r^½, which is symmetric: the number that scipy's sqrtm gives,
-    but many times faster at 2,048 dimensions, and sound where there are fewer pictures than dimensions.
+    Few images bias it upwards: only values of equally many images and one network may be compared. The trace of the
+    root is summed over the eigenvalues of C_r^½ C C_r^½, which is symmetric: the number that scipy's sqrtm gives, many
+    times faster at 2,048 dimensions, and accurate where there are fewer images than dimensions.
 
     Args:
         features, real: `Statistics`, or rows (N, D), on any device.
     """
-    drawn, real = (s if isinstance(s, Statistics) else Statistics.of(_on_cpu(s)) for s in (features, real))
-    difference = drawn.mean - real.mean
-    roots = np.sqrt(np.linalg.eigvalsh(real.root @ drawn.covariance @ real.root).clip(0)).sum()
-    return float(difference @ difference + np.trace(drawn.covariance) + np.trace(real.covariance) - 2 * roots)
+    ours, real = (s if isinstance(s, Statistics) else Statistics.of(_on_cpu(s)) for s in (features, real))
+    difference = ours.mean - real.mean
+    roots = np.sqrt(np.linalg.eigvalsh(real.root @ ours.covariance @ real.root).clip(0)).sum()
+    return float(difference @ difference + np.trace(ours.covariance) + np.trace(real.covariance) - 2 * roots)
 
 
 def _on_cpu(rows) -> np.ndarray:
@@ -110,31 +102,26 @@ def _on_cpu(rows) -> np.ndarray:
 
 
 def kid(features: np.ndarray, real: np.ndarray, subsets: int = 100) -> Score:
-    """Kernel distance (arXiv 1801.01401) by torch-fidelity: unbiased, so usable for few pictures.
-
-    Args:
-        features, real: rows (N, D), (M, D).
-    """
+    """Kernel distance (arXiv 1801.01401) of rows (N, D), (M, D) by torch-fidelity: unbiased, usable for few images."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(1000, len(features) // 2, len(real) // 2)
     rows = (torch.from_numpy(np.array(x, np.float32)) for x in (features, real))
-    found = kid_features_to_metric(*rows, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
-    spread = found["kernel_inception_distance_std"] * (size / (len(features) - size)) ** 0.5  # as half_sample_error
-    return Score(found["kernel_inception_distance_mean"], spread)
+    result = kid_features_to_metric(*rows, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
+    spread = result["kernel_inception_distance_std"] * (size / (len(features) - size)) ** 0.5  # as half_sample_error
+    return Score(result["kernel_inception_distance_mean"], spread)
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> Score:
-    """exp E KL(p(y|x) ‖ p(y)) by torch-fidelity: mean and spread over splits.
+    """exp E KL(p(y|x) ‖ p(y)) of logits (N, classes) by torch-fidelity: mean and spread over splits.
 
-    Args:
-        logits: (N, classes); fewer than ten pictures a split bias it downwards.
+    Fewer than ten images a split bias it downwards.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    found = isc_features_to_metric(torch.from_numpy(np.array(logits, np.float32)), splits=splits, shuffle=True,
-                                   rng_seed=2020)  # fmt: skip
-    return Score(found["inception_score_mean"], found["inception_score_std"])
+    logits = torch.from_numpy(np.array(logits, np.float32))
+    result = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=2020)
+    return Score(result["inception_score_mean"], result["inception_score_std"])
 
 
 def mean_score(values: np.ndarray) -> Score:
@@ -145,23 +132,23 @@ def mean_score(values: np.ndarray) -> Score:
 
 
 def half_sample_error(statistic: Callable[[np.ndarray], float], count: int, repeats: int = 20) -> float:
-    """Standard error of a statistic of `count` pictures: its spread over random halves, drawn without replacement.
+    """Standard error of a statistic of `count` images: its spread over random halves without replacement.
 
-    Half of the sample, left alone by the other half, varies as the whole does (McCarthy 1969); unlike a bootstrap it
-    holds no picture twice, which would shift a FID.
+    A random half varies as the whole does (McCarthy 1969); unlike a bootstrap sample it has no image twice, which would
+    shift a FID.
 
     Args:
-        statistic: of indices into the pictures.
+        statistic: of indices of images.
     """
-    chance = np.random.default_rng(0)
-    return float(np.std([statistic(chance.permutation(count)[: count // 2]) for _ in range(repeats)], ddof=1))
+    rng = np.random.default_rng(0)
+    return float(np.std([statistic(rng.permutation(count)[: count // 2]) for _ in range(repeats)], ddof=1))
 
 
-def clip_score(judge: MetricClip, pictures: Sequence[Image.Image], captions: Sequence[str]) -> float:
-    """Mean cosine between each picture and its caption (the paper's convention: not scaled by 100, not clipped)."""
-    if len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures but {len(captions)} captions: give one caption for each picture")
-    return cosines(judge.images(pictures), judge.texts(captions)).mean().item()
+def clip_score(clip: MetricClip, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
+    """Mean cosine between each image and its caption (the paper's convention: not scaled by 100, not clipped)."""
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images but {len(captions)} captions: give one caption for each image")
+    return cosines(clip.images(images), clip.texts(captions)).mean().item()
 
 
 def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
@@ -169,24 +156,21 @@ def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return (images * texts).sum(-1)
 
 
-def zero_shot_accuracy(judge: MetricClip, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of storybook pictures of one object, where nothing is ambiguous, whose size, colour, object and place the
-    judge names rightly among all alternatives.
+def zero_shot_accuracy(clip: MetricClip, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of storybook images of one object, which are unambiguous, whose size, colour, object and place the CLIP
+    model names correctly among all alternatives.
     """
     chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1]
     if not chosen:
-        raise ValueError("no picture of a single object among the scenes: give more scenes")
-    right = correct_attributes(judge, judge.images([pictures[i] for i in chosen]), [scenes[i] for i in chosen])
-    return {attribute: float(found.mean()) for attribute, found in right.items()}
+        raise ValueError("no image of a single object among the scenes: give more scenes")
+    embeddings, singles = clip.images([images[i] for i in chosen]), [scenes[i] for i in chosen]
+    return {name: float(correct_attribute(clip, embeddings, singles, name).mean()) for name in ATTRIBUTES}
 
 
-def correct_attributes(judge: MetricClip, images: torch.Tensor, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """Which of the embedded pictures, (N, D), the judge takes for what their scenes say: attribute -> (N,) of bool."""
-    right = {}
-    for attribute in ATTRIBUTES:
-        options = [scene.alternatives(attribute) for scene in scenes]
-        texts = judge.texts([option.caption for group in options for option in group])
-        similarity = torch.einsum("nd,nod->no", images, texts.view(len(scenes), len(options[0]), -1))
-        truth = torch.tensor([group.index(scene) for scene, group in zip(scenes, options, strict=True)])
-        right[attribute] = (similarity.argmax(1).cpu() == truth).numpy()
-    return right
+def correct_attribute(clip: MetricClip, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> np.ndarray:
+    """For which embedded images, (N, D), the CLIP model finds the scene's own attribute the likeliest, (N,) of bool."""
+    options = [scene.alternatives(attribute) for scene in scenes]
+    texts = clip.texts([option.caption for group in options for option in group])
+    similarity = torch.einsum("nd,nod->no", images, texts.view(len(scenes), len(options[0]), -1))
+    truth = torch.tensor([group.index(scene) for scene, group in zip(scenes, options, strict=True)])
+    return (similarity.argmax(1).cpu() == truth).numpy()

@@ -1,11 +1,11 @@
-"""Prompts with ids: from CSV files and from the storybook."""
+"""Prompts with ids: from CSV files and from the storybook (notebook 04)."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +14,14 @@ from ..data.scenes import SPLITS, Scene, sample_scene
 from ..files import ROOT, NotAvailable, resolve
 
 TEXT_COLUMNS, ID_COLUMNS = ("text", "prompt", "caption"), ("id", "file_name")
-
-
-FILES = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
-
-
+IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
 ID = re.compile(r"[\w+=-][\w.+=-]*")
-
-
-ID_BYTES = 150  # a disk's names have 255 at most
+ID_BYTES = 150  # file systems allow 255
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture shall show; its id names the file and, with the run's seed, gives the noise."""
+    """What an image shall show; its id names the file and, with the run's seed, gives the noise."""
 
     id: str
     text: str
@@ -50,15 +44,15 @@ def storybook_scene(prompt: Prompt) -> Scene | None:
 def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt]:
     """Prompts from a CSV file: text from the column text, prompt or caption, ids from id or file_name, or row numbers.
 
-    COCO's metadata.csv is such a file; there COCO_val2014_000000000042.jpg is the picture of id
-    COCO_val2014_000000000042. Rows without a text are set aside, and counted in a line.
+    COCO's metadata.csv is such a file: COCO_val2014_000000000042.jpg gives the id COCO_val2014_000000000042.
+    Rows without a text are set aside, and their number is printed.
 
     Args:
-        num_images: the first so many that have a text, and no row after them is looked at; None takes all.
+        num_images: reads until so many rows have a text; None reads all.
 
     Raises:
-        Missing: COCO's captions, not fetched yet.
-        ValueError: no such file, no such columns, no prompts, or ids that cannot name files; it names the rows.
+        NotAvailable: COCO's captions, not downloaded yet.
+        ValueError: no such file, no such columns, no prompts, or ids that cannot name files.
     """
     path = Path(resolve(path))
     rows, columns = _table(path)
@@ -69,13 +63,9 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
     for i, row in enumerate(rows):
         if len(prompts) == num_images:
             break
-        told = Prompt(_id_of(row, name) if name else str(i), (row[text] or "").strip())
-        if not told.text:
-            without.append(i + 1)
-        elif not told.id:
-            raise ValueError(f"{path}, row {i + 1}: {name} is empty. Give every row an id, or leave the column out")
-        else:
-            prompts.append(told)
+        id = (row[name] or "").strip() if name else str(i)
+        prompt = Prompt(IMAGE_FILE.sub("", id) if name == "file_name" else id, (row[text] or "").strip())
+        prompts.append(prompt) if prompt.text else without.append(i + 1)
     if without:
         print(f"{path.name}: {len(without)} rows without a text set aside, such as row {without[0]}")
     check_prompts(prompts, str(path))
@@ -83,45 +73,36 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
 
 
 def not_available(path: Path) -> type[ValueError]:
-    """What to raise for a file that is not there: `Missing` for one of `DOWNLOADS`; any other was mistyped."""
+    """What to raise for a missing file: `NotAvailable` for one of `DOWNLOADS`; any other path was mistyped."""
     return NotAvailable if ROOT / path in {ROOT / download.path for download in DOWNLOADS.values()} else ValueError
 
 
 def _table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
     """The rows of a CSV file, and the names of its columns."""
     if not path.is_file():
-        raise not_available(path)(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions come "
-                             "by python -m bksdm_utils download coco_captions")  # fmt: skip
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
+        raise not_available(path)(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions: "
+                                  "python -m bksdm_utils download coco_captions")  # fmt: skip
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             return list(reader), reader.fieldnames or ()
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
-
-
-def _id_of(row: Mapping[str, str], column: str) -> str:
-    """The id that a row gives; only a file name has a suffix to lose, so that 1.5 and 1.7 stay two."""
-    told = (row[column] or "").strip()
-    return FILES.sub("", told) if column == "file_name" else told
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def check_prompts(prompts: Sequence[Prompt], source: str = "prompts") -> None:
     """Raises ValueError, naming the first few, for ids that cannot name files, ids twice, empty texts or no prompts."""
     if not prompts:
         raise ValueError(f"{source}: no prompts. Give at least one row with a text")
-    # Some disks do not tell A from a.
-    number = Counter(prompt.id.casefold() for prompt in prompts)
+    number = Counter(prompt.id.casefold() for prompt in prompts)  # some file systems take A for a
+    usable = {prompt.id for prompt in prompts if ID.fullmatch(prompt.id) and len(prompt.id.encode()) <= ID_BYTES}
     faults = {
         "an id twice": [p.id for p in prompts if number[p.id.casefold()] > 1],
-        "an id that cannot name a file": [
-            p.id for p in prompts if not ID.fullmatch(p.id) or len(p.id.encode()) > ID_BYTES
-        ],
+        "an id that cannot name a file": [p.id for p in prompts if p.id not in usable],
         "no text": [p.id for p in prompts if not p.text],
     }
     for fault, ids in faults.items():
         if ids:
-            raise ValueError(
-                f"{source}: {fault} in {len(ids)} rows, such as {', '.join(map(repr, ids[:3]))}. Ids are letters, "
-                f"digits and . _ + - =, at most {ID_BYTES} bytes, each once; every row has a text"
-            )
+            raise ValueError(f"{source}: {fault} in {len(ids)} rows, such as {', '.join(map(repr, ids[:3]))}. Each row "
+                             f"has a text and an id of its own: letters, digits, . _ + - =, {ID_BYTES} bytes at "
+                             "most")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Protocols: what the metric networks see of an image, which networks they are, and what the real images are."""
+"""Protocols: what the metric networks see of an image, which networks they are, and the real images (notebook 04)."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from ..data.downloads import DOWNLOADS
 from .networks import Network, inception_classes, inception_clean, inception_pytorch
 
 
-def as_stored(picture: Image.Image) -> Image.Image:
-    """The picture itself."""
-    return picture
+def as_stored(image: Image.Image) -> Image.Image:
+    """The image itself."""
+    return image
 
 
-def as_paper(picture: Image.Image) -> Image.Image:
+def as_paper(image: Image.Image) -> Image.Image:
     """What the paper's scores are of: JPEG of quality 75, Pillow's bicubic to 256 pixels, JPEG of quality 75 again.
 
     A file that is a JPEG already is not compressed once more before it is made smaller.
     """
-    if picture.format != "JPEG":
-        picture = _jpeg(picture.convert("RGB"))
-    return _jpeg(picture.resize((256, 256), Image.Resampling.BICUBIC))
+    if image.format != "JPEG":
+        image = _jpeg(image.convert("RGB"))
+    return _jpeg(image.resize((256, 256), Image.Resampling.BICUBIC))
 
 
-def _jpeg(picture: Image.Image) -> Image.Image:
+def _jpeg(image: Image.Image) -> Image.Image:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=75)
+    image.save(file, "JPEG", quality=75)
     return Image.open(file)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures are scored.
+    """How images are scored.
 
     Attributes:
-        view: what the networks see of a stored picture.
-        clip: the CLIP of the CLIP score; for storybook it gives the other scores' features too.
-        features: makes the network of FID and KID; None is the CLIP.
-        classes: makes the network of the Inception score; None is the CLIP.
-        real: what is compared with unless told otherwise; None is storybook's renders.
-        image_format: what pictures are kept in. The paper's view makes JPEGs of them anyway, and these take a third.
+        view: what the networks see of a stored image.
+        clip: the CLIP model of the CLIP score; for storybook it gives the other scores' features too.
+        features: makes the network of FID and KID; None is the CLIP model.
+        classes: makes the network of the Inception score; None is the CLIP model.
+        real: the real images, where no others are named; None is storybook's renders.
     """
 
     name: str
@@ -52,28 +51,20 @@ class Protocol:
     features: Callable[[str], Network] | None = None
     classes: Callable[[str], Network] | None = None
     real: str | None = None
-    image_format: str = "png"
 
 
 VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
-
-
+STATISTICS, IMAGES = DOWNLOADS["coco_statistics"].path, DOWNLOADS["coco_images"].path
 PROTOCOLS = {
-    "paper": Protocol(
-        "paper", as_paper, VIT_G, inception_pytorch, inception_classes, DOWNLOADS["coco_statistics"].path, "jpeg"
-    ),
-    # The paper's statistics are of another network and of 256 pixels: here COCO's own pictures are looked at.
-    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, DOWNLOADS["coco_images"].path),
+    "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes, STATISTICS),
+    # The paper's statistics are of another network and of 256 pixels: here features of COCO's own images are computed.
+    "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, IMAGES),
     "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
 }
 
 
 def find_protocol(name: str) -> Protocol:
-    """A protocol by name.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+    """A protocol by name; ValueError where it is unknown."""
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}: expected one of {', '.join(PROTOCOLS)}")
+        raise ValueError(f"protocol is {name!r}: expected one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

@@ -1,4 +1,4 @@
-"""Quick scores of a pipeline on fixed captions, to follow a training by."""
+"""Quick scores of a pipeline on fixed captions, to validate a training or compare cut U-Nets (notebooks 00 to 03)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from PIL import Image
 
-from ..config.presets import Preset
+from ..config.base import Config
+from ..config.evaluation import FolderSampling
 from ..data.rendering import render
-from ..data.scenes import sample_scene
-from ..files import resolve
+from ..data.scenes import Scene, sample_scene
 from ..models.pipelines import Pipeline
 from .metrics import clip_score, fid, zero_shot_accuracy
 from .networks import MetricClip
@@ -26,55 +26,53 @@ PROMPTS = (
 
 
 class Scorer:
-    """Draws the same captions from the same noise with any pipeline and scores the pictures.
+    """Samples the same captions from the same noise with any pipeline, and scores the images.
 
-    Storybook pipelines draw held-out scenes, for `proxy` other ones than for `scores`; pipelines of another world draw
-    `PROMPTS`, which without a judge are only looked at.
+    For storybook they are held-out scenes, other ones for `validate` than for `scores`; for other teachers `PROMPTS`,
+    whose images are not scored.
 
     Args:
-        settings: the preset in force; gives judge, number of pictures, steps and guidance.
+        config: has clip, num_images and fields of `FolderSampling`; may have preset, train_data_dir,
+            sampling_batch_size and num_validation_images.
     """
 
-    def __init__(self, settings: Preset, device: str = "cpu", seed: int = 0):
-        self.settings, self.seed, self.scenes = settings, seed, []
-        self.captions = list(PROMPTS[: settings.num_images])
-        storybook_only = settings.train_data_dir is None  # a judge of that world knows no other pictures
-        self.judge = MetricClip(resolve(settings.judge), device) if settings.judge and storybook_only else None
-        if storybook_only:
-            self.scenes = [sample_scene(i, "test") for i in range(settings.num_images)]
-            self.captions = [scene.caption for scene in self.scenes]
-            numbers = range(settings.num_validation_images)
-            self.validation_scenes = [sample_scene(i, "validation") for i in numbers]
+    def __init__(self, config: Config, device: str = "cpu"):
+        values = config.values()
+        own_data = values.get("train_data_dir") is not None  # storybook's CLIP model knows no other images
+        self.storybook = values.get("preset", "storybook") == "storybook" and not own_data
+        self.config = config
+        self.sampling = config.part(FolderSampling, batch_size=values.get("sampling_batch_size") or 16)
+        self.clip = MetricClip(config.clip, device) if config.clip and self.storybook else None
+        self.scenes = [sample_scene(i, "test") for i in range(config.num_images)] if self.storybook else []
+        self.captions = [scene.caption for scene in self.scenes] or list(PROMPTS[: config.num_images])
 
-    def draw(self, pipeline: Pipeline) -> list[Image.Image]:
-        """One picture for each caption."""
-        return self._draw(pipeline, self.captions, self.settings.num_inference_steps)
+    def sample(self, pipeline: Pipeline) -> list[Image.Image]:
+        """One image for each caption."""
+        return generate(pipeline, self.captions, **self.sampling.values())
 
-    def _draw(self, pipeline, captions: Sequence[str], num_inference_steps: int) -> list[Image.Image]:
-        return generate(pipeline, captions, seed=self.seed, num_inference_steps=num_inference_steps,
-                        guidance_scale=self.settings.guidance_scale)  # fmt: skip
-
-    def scores(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
-        """CLIP score and, for storybook, zero-shot accuracies of single-object pictures; empty without a judge."""
-        if self.judge is None:
+    def scores(self, images: Sequence[Image.Image]) -> dict[str, float]:
+        """CLIP score, and zero-shot accuracies of images of one object; empty without a CLIP model."""
+        if self.clip is None:
             return {}
-        scores = {"clip_score": clip_score(self.judge, pictures, self.captions)}
+        scores = {"clip_score": clip_score(self.clip, images, self.captions)}
         if any(len(scene.things) == 1 for scene in self.scenes):
-            scores |= zero_shot_accuracy(self.judge, pictures, self.scenes)
+            scores |= zero_shot_accuracy(self.clip, images, self.scenes)
         return {name: round(value, 4) for name, value in scores.items()}
 
-    def proxy(self, pipeline: Pipeline, num_inference_steps: int = 10) -> dict[str, float]:
-        """CLIP score, and FID beside real renders of the same scenes, of quickly drawn pictures, to follow a training
-        by; NaN without a judge."""
-        if self.judge is None:
+    def validate(self, pipeline: Pipeline, num_inference_steps: int = 10) -> dict[str, float]:
+        """CLIP score, and FID against real renders of the same scenes, of quick samples; NaN without a CLIP model."""
+        if self.clip is None:
             return {"clip_score": float("nan"), "fid": float("nan")}
         captions = [scene.caption for scene in self.validation_scenes]
-        pictures = self._draw(pipeline, captions, num_inference_steps)
-        distance = fid(self.judge.pictures(pictures), self._real_features)
-        score = clip_score(self.judge, pictures, captions)
-        return {"clip_score": round(score, 4), "fid": round(distance, 3)}
+        images = generate(pipeline, captions, **self.sampling.but(num_inference_steps=num_inference_steps).values())
+        distance = fid(self.clip.image_network(images), self._real_features)
+        return {"clip_score": round(clip_score(self.clip, images, captions), 4), "fid": round(distance, 3)}
+
+    @cached_property
+    def validation_scenes(self) -> list[Scene]:
+        """Held-out scenes that `scores` does not use."""
+        return [sample_scene(i, "validation") for i in range(self.config.num_validation_images)]
 
     @cached_property
     def _real_features(self) -> torch.Tensor:
-        scenes = self.validation_scenes
-        return self.judge.pictures([render(scene, seed) for seed, scene in enumerate(scenes)])
+        return self.clip.image_network([render(scene, seed) for seed, scene in enumerate(self.validation_scenes)])
