@@ -21,7 +21,8 @@ from ..models.hashes import model_hash
 from ..models.pipelines import Pipeline, own_copy
 from ..training.encoding import encoding_batch, posterior, token_ids
 from ..training.rng import BatchRng
-from ..training.trainer import Step, Trainer
+from ..training.step import Step
+from ..training.trainer import Trainer
 from .model import DreamBoothModel
 from .subjects import Subject, images_hash
 

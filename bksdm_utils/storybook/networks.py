@@ -12,28 +12,22 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ..core.losses import min_snr_weights
 from ..data.scenes import ATTRIBUTES, SIZE, Scene
-from ..training.rng import BatchRng
 
 MAX_TOKENS = 20  # the longest caption has 15, start and end included
-
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 LATENT_CHANNELS, LATENT_SIZE = 4, SIZE // 4
-
-
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # SD-v1's
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures to floats in -1 … 1, as the VAE takes them."""
+    """uint8 images to floats in -1 … 1, as the VAE takes them."""
     return images.float() / 127.5 - 1
 
 
 def to_clip(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures to CLIP's normalised floats; 64 x 64 is CLIP's own size here, so nothing is resized."""
+    """uint8 images to CLIP's normalised floats; 64 x 64 is CLIP's own size here, so nothing is resized."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return (images.float() / 255 - mean) / std
 
@@ -42,10 +36,10 @@ def new_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learnt from `captions`; any text can be written with it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>"))
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    pairs.pre_tokenizer = pre_tokenizers.Whitespace()
+    pairs.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>"))
+    merges = [tuple(pair) for pair in json.loads(pairs.to_str())["model"]["merges"]]
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
@@ -80,7 +74,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def _edges(images: torch.Tensor) -> torch.Tensor:
-    """Horizontal and vertical differences, flattened per picture."""
+    """Horizontal and vertical differences, flattened per image."""
     return torch.cat([images.diff(dim=-1).flatten(1), images.diff(dim=-2).flatten(1)], dim=1)
 
 
@@ -155,23 +149,23 @@ def clip_loss(
 
 
 def high_noise_timesteps(uniform: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-    """Uniform numbers to timesteps with a larger share of the noisy ones, where the picture's content is decided."""
+    """Uniform numbers to timesteps with a larger share of the noisy ones, where an image's content is decided."""
     return (uniform ** (1 / 1.3) * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
-def min_snr_weight(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """min(SNR, gamma) / SNR for ε-prediction, (B,) (arXiv 2303.09556, equation 5)."""
-    snr = alphas_cumprod[timesteps] / (1 - alphas_cumprod[timesteps])
-    return snr.clamp(max=gamma) / snr
+def unet_loss(
+    unet: torch.nn.Module, latents: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor,
+    hidden_states: torch.Tensor, scheduler: DDPMScheduler,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Min-SNR weighted ε-prediction (γ = 5, arXiv 2303.09556).
 
-
-def unet_loss(unet: torch.nn.Module, scheduler: DDPMScheduler, latents, hidden_states, draw: BatchRng) -> dict:
-    """Min-SNR weighted ε-prediction; latents (B, 4, 16, 16), hidden_states (B, MAX_TOKENS, 96)."""
-    device = latents.device
-    noise = draw.normal(*latents.shape[1:]).to(device)
-    timesteps = high_noise_timesteps(draw.uniform(), scheduler.config.num_train_timesteps).to(device)
+    Args:
+        latents, noise: (B, 4, 16, 16).
+        uniform: (B,) in [0, 1), to choose the timesteps by.
+        hidden_states: (B, MAX_TOKENS, 96).
+    """
+    timesteps = high_noise_timesteps(uniform, scheduler.config.num_train_timesteps)
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     prediction = unet(noisy_latents, timesteps, hidden_states).sample
     error = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
-    weight = min_snr_weight(scheduler.alphas_cumprod.to(device), timesteps)
-    return {"loss": (weight * error).mean(), "mse": error.mean()}
+    return {"loss": (min_snr_weights(scheduler, timesteps, 5.0) * error).mean(), "mse": error.mean()}
