@@ -37,9 +37,9 @@ def test_any_class_is_loaded_with_the_same_errors(tmp_path):
     assert not isinstance(error.value, NotAvailable)
     with pytest.raises(NotAvailable, match="CLIPModel 'nobody/clip' .*hf download nobody/clip"):
         load(CLIPModel, "nobody/clip", local_files_only=True)
-    with pytest.raises(ValueError, match="the thing 'x' could not be loaded .KeyError: 'y'.: expected z"):
-        with named_errors("the thing", "x", "z"):
-            {}["y"]
+    message = "the thing 'x' could not be loaded .KeyError: 'y'.: expected z"
+    with pytest.raises(ValueError, match=message), named_errors("the thing", "x", "z"):
+        raise KeyError("y")
 
 
 @pytest.mark.parametrize("part", ["vae", "tokenizer", "text_encoder", "scheduler", "unet"])
@@ -51,9 +51,7 @@ def test_a_missing_part_is_named(copied, part):
 
 def test_another_kind_of_pipeline_or_unet_is_an_error(copied):
     edit(copied / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
-    with pytest.raises(
-        ValueError, match="is a StableDiffusionImg2ImgPipeline: expected one of StableDiffusionPipeline"
-    ):
+    with pytest.raises(ValueError, match="is a StableDiffusionImg2ImgPipeline: expected one of StableDiff"):
         load_pipeline(copied)
     edit(copied / "model_index.json", unet=["diffusers", "Transformer2DModel"])
     with pytest.raises(ValueError, match="Transformer2DModel, not a UNet2DConditionModel"):
@@ -71,18 +69,16 @@ def test_a_unet_is_loaded_from_its_folder_or_a_pipelines(pipeline_dir, teacher, 
     type(teacher).from_config(dict(teacher.config) | {"cross_attention_dim": 24}).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="cross_attention_dim 24, the pipeline's has 16.*another teacher"):
         load_unet(tmp_path / "other", pipeline)
-    with pytest.raises(ValueError, match=f"UNet2DConditionModel '{tmp_path}' could not be loaded"):
-        load_unet(tmp_path, pipeline)
+    with pytest.raises(ValueError, match="UNet2DConditionModel .*nowhere' could not be loaded"):
+        load_unet(tmp_path / "nowhere", pipeline)
 
 
 def test_every_preset_has_committed_configs():
     for preset in PRESETS:
         config = Teacher.filled(preset=preset)
-        side = teacher_config(config)["sample_size"] * 2 ** (
-            len(teacher_config(config, "vae")["block_out_channels"]) - 1
-        )
-        assert config.chosen_preset.common["resolution"] == side
-        assert "prediction_type" in teacher_config(config, "scheduler") or preset in ("sd-v1.4", "sd-v1.5", "storybook")
+        factor = 2 ** (len(teacher_config(config, "vae")["block_out_channels"]) - 1)
+        assert config.chosen_preset.common["resolution"] == teacher_config(config)["sample_size"] * factor
+        assert "beta_start" in teacher_config(config, "scheduler")
     assert teacher_config(Teacher(preset="sd-v2.1"), "scheduler")["prediction_type"] == "v_prediction"
     assert teacher_config(Teacher(preset="sd-v2.1"))["upcast_attention"] is True
 

@@ -78,7 +78,7 @@ def test_a_models_hash_is_the_same_in_every_process(sparse):
     program = "import sys; from bksdm_utils.models.hashes import model_hash\n"
     program += "from bksdm_utils.models.pipelines import load_pipeline; print(model_hash(load_pipeline(sys.argv[1])))"
     command, hashes = [sys.executable, "-c", program, sparse], set()
-    for seed in ("0", "1", "2"):
+    for seed in ("0", "1"):
         hashes.add(subprocess.check_output(command, text=True, env={**os.environ, "PYTHONHASHSEED": seed}))
     assert hashes == {model_hash(load_pipeline(sparse)) + "\n"}
 
