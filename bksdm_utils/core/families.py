@@ -1,19 +1,28 @@
 """All that differs between Stable Diffusion v1, v2 and SDXL.
 
 Versions 1 and 2 differ in their configs (heads, width of the text, ε or v) and need no code of their own; SDXL has two
-text encoders and conditions its U-Net on the pooled text and on image sizes too.
+text encoders and conditions its U-Net on the pooled text and on image sizes too. (Notebooks 01 and 03.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
 
-from .plans import is_sdxl
-
 TEXT_TOKENS = 77
+
+
+def is_sdxl(config: Mapping) -> bool:
+    """Whether a U-Net config is SDXL's, which adds a pooled text embedding and sizes to its time embedding."""
+    return config.get("addition_embed_type") == "text_time"
+
+
+def text_encoder_names(config: Mapping) -> tuple[str, ...]:
+    """The text encoders of a pipeline with a U-Net of this config."""
+    return ("text_encoder", "text_encoder_2") if is_sdxl(config) else ("text_encoder",)
 
 
 class TextConditioning:
@@ -27,8 +36,7 @@ class TextConditioning:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
-        names = ("text_encoder", "text_encoder_2")
-        self.encoders = [e for e in (getattr(pipeline, name, None) for name in names) if e is not None]
+        self.encoders = [getattr(pipeline, name) for name in text_encoder_names(pipeline.unet.config)]
         for encoder in self.encoders:
             encoder.requires_grad_(False).eval()
         self.side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -45,26 +53,25 @@ class TextConditioning:
         return {"encoder_hidden_states": hidden_states, "added_cond_kwargs": added}
 
 
-def unet_inputs(config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta") -> dict:
+def unet_inputs(
+    config: Mapping, sample_size: int | None = None, batch_size: int = 1, device="meta", dtype=torch.float32
+) -> dict:
     """Kwargs of a U-Net's forward pass, zeros of the right shapes; 77 text tokens.
 
     Args:
         sample_size: side of the latents; the config's own by default.
     """
-    side = sample_size or config["sample_size"]
-    width = config["cross_attention_dim"]
+    side, width = sample_size or config["sample_size"], config["cross_attention_dim"]
     width = width[0] if isinstance(width, (list, tuple)) else width
+    zeros = partial(torch.zeros, batch_size, device=device, dtype=dtype)
     inputs = {
-        "sample": torch.zeros(batch_size, config["in_channels"], side, side, device=device),
-        "timestep": torch.zeros(batch_size, dtype=torch.long, device=device),
-        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, width, device=device),
+        "sample": zeros(config["in_channels"], side, side),
+        "timestep": zeros(dtype=torch.long),
+        "encoder_hidden_states": zeros(TEXT_TOKENS, width),
     }
     if is_sdxl(config):
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.zeros(batch_size, pooled, device=device),
-            "time_ids": torch.zeros(batch_size, 6, device=device),
-        }
+        inputs["added_cond_kwargs"] = {"text_embeds": zeros(pooled), "time_ids": zeros(6)}
     return inputs
 
 

@@ -105,7 +105,7 @@ def clean_latents(scheduler, prediction: torch.Tensor, noisy: torch.Tensor, time
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step is about.
+    """The inputs of one training step.
 
     Attributes:
         latents: (B, 4, H, W), scaled, of the training images.
@@ -152,23 +152,20 @@ class Distillation:
         noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         self.teacher_taps.listen()
         self.student_taps.listen()
+        teacher_prediction = None
         with torch.no_grad():
             kwargs = self.conditioning(batch.token_ids)
-            teacher_prediction = self._teacher(noisy_latents, batch.timesteps, kwargs)
+            if self.weights.kd_output or self.teacher_taps.names:
+                teacher_prediction = self.teacher(noisy_latents, batch.timesteps, **kwargs).sample
         prediction = student(noisy_latents, batch.timesteps, **kwargs).sample
+        if teacher_prediction is None:
+            teacher_prediction = prediction.detach()
         target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
         pairs = zip(self.student_taps.take(), self.teacher_taps.take(), strict=True)
         features = dict(zip(self.student_taps.names, pairs, strict=True))
-        if teacher_prediction is None:
-            teacher_prediction = prediction.detach()
         gamma = self.weights.min_snr_gamma
         example_weights = min_snr_weights(self.scheduler, batch.timesteps, gamma) if gamma else None
         return kd_losses(prediction, teacher_prediction, target, features, self.weights, example_weights)
-
-    def _teacher(self, noisy_latents, timesteps, kwargs: dict) -> torch.Tensor | None:
-        if self.weights.kd_output or self.teacher_taps.names:
-            return self.teacher(noisy_latents, timesteps, **kwargs).sample
-        return None
 
     def close(self) -> None:
         """Removes the hooks from both networks."""

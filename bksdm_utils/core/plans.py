@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product, zip_longest
+from operator import itemgetter
 
 PER_STAGE = ("block_out_channels", "down_block_types", "layers_per_block", "attention_head_dim", "num_attention_heads",
              "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block")  # fmt: skip
-
-
 STRICT = {"extra": "forbid", "strict": True}  # how pydantic reads plans from files; see config/plan_files.py
 
 
@@ -48,114 +47,92 @@ class RemovalPlan:
     stages: tuple[Stage, ...]
     mid: bool = True
 
-    def describe(self, teacher_config: Mapping | None = None) -> str:
-        """What stays, a line for each run of equal stages; given a teacher, also out of how much.
+    def describe(self, teacher_config: Mapping) -> str:
+        """What stays of this teacher, one line for each run of equal stages.
 
         Raises:
             ValueError: the plan does not fit the teacher.
         """
-        if teacher_config is not None:
-            self.check(teacher_config)
-        lines = []
-        for stage, group in groupby(enumerate(self.stages), key=lambda numbered: numbered[1]):
+        self.check(teacher_config)
+        lines, total = [self.name], len(teacher_config["block_out_channels"])
+        stages = enumerate(zip(self.stages, layers_per_stage(teacher_config), strict=False))
+        for (stage, layers), group in groupby(stages, key=itemgetter(1)):
             numbers = [number for number, _ in group]
-            where = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
-            lines.append(f"  {where}: keep {_kept(stage, teacher_config, numbers[0])}")
-        gone = 0 if teacher_config is None else len(teacher_config["block_out_channels"]) - len(self.stages)
-        if gone:
-            lines.append(f"  innermost stages removed: {gone}")
-        return "\n".join([self.name, *lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
+            title = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
+            down, up = (", ".join(map(str, pairs)) for pairs in (stage.down, stage.up))
+            depth = f", the first {stage.depth} transformer blocks of each attention" if stage.depth else ""
+            lines.append(f"  {title}: keep pair {down} of {layers} down, pairs {up} of {layers + 1} up{depth}")
+        if len(self.stages) < total:
+            lines.append(f"  innermost stages removed: {total - len(self.stages)}")
+        return "\n".join([*lines, f"  mid block: {'kept' if self.mid else 'removed'}"])
 
     def to_json(self) -> str:
-        """The plan as JSON, for a file that goes wherever a variant's name goes."""
+        """The plan as JSON; `config.plan_files.read_plan` reads it."""
         return json.dumps(asdict(self))
 
     def check(self, teacher_config: Mapping) -> None:
         """Raises ValueError, saying which rule is broken, if no student of this teacher can follow the plan."""
         check_unet(teacher_config)
-        channels, depths = list(teacher_config["block_out_channels"]), attention_depths(teacher_config)
-        kept, total = len(self.stages), len(channels)
-        if not 1 <= kept <= total:
+        widths, kept = list(teacher_config["block_out_channels"]), len(self.stages)
+        if not 1 <= kept <= len(widths):
+            raise ValueError(f"plan {self.name!r} has {kept} stages, the teacher {len(widths)}: keep between 1 and "
+                             f"{len(widths)} (named_plans(teacher_config) has those that fit)")  # fmt: skip
+        if kept < len(widths) and widths[kept - 1] != widths[kept]:
             raise ValueError(
-                f"plan {self.name!r} has {kept} stages, the teacher {total}: keep between 1 and {total} "
-                "(named_plans(teacher_config) has those that fit)"
-            )
-        if kept < total and channels[kept - 1] != channels[kept]:
-            raise ValueError(
-                f"plan {self.name!r} removes the innermost {total - kept} stages, but the teacher's stage {kept - 1} "
-                f"has {channels[kept - 1]} channels and stage {kept} {channels[kept]}: the decoder's weights would not "
-                f"fit. Remove only stages as wide as the one that becomes innermost."
+                f"plan {self.name!r} removes the innermost {len(widths) - kept} stages, but the teacher's stage "
+                f"{kept - 1} has {widths[kept - 1]} channels and stage {kept} {widths[kept]}: the decoder's weights "
+                f"would not fit. Remove only stages as wide as the one that becomes innermost."
             )
         for number, stage in enumerate(self.stages):
             _check_stage(stage, f"plan {self.name!r}, stage {number}", teacher_config, number)
-            if stage.depth is not None and not 1 <= stage.depth <= depths[number]:
-                where = f"plan {self.name!r}, stage {number}"
-                raise ValueError(f"{where}: depth {stage.depth} must be 1 … {depths[number]}")
         if self.mid:
-            self._check_mid(teacher_config, depths)
-
-    def _check_mid(self, teacher_config: Mapping, depths: Sequence[int]) -> None:
-        if teacher_config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
-            raise ValueError(f"plan {self.name!r} keeps the mid block, but the teacher has none: give mid=False")
-        inner, channels = len(self.stages) - 1, teacher_config["block_out_channels"]
-        heads, depth = teacher_config.get("attention_head_dim", 8), self.stages[inner].depth or depths[inner]
-        if channels[inner] != channels[-1] or depth > depths[-1]:
-            raise ValueError(
-                f"plan {self.name!r} keeps the mid block of {channels[-1]} channels and depth {depths[-1]} under stage "
-                f"{inner} of {channels[inner]} channels and depth {depth}: remove the mid block too"
-            )
-        if isinstance(heads, (list, tuple)) and heads[inner] != heads[-1]:
-            raise ValueError(
-                f"plan {self.name!r} keeps the mid block, whose attention has {heads[-1]} heads, under stage {inner} "
-                f"with {heads[inner]}: the student's mid block would compute something else. Remove it too."
-            )
-
-
-def _kept(stage: Stage, teacher_config: Mapping | None, number: int) -> str:
-    layers = layers_per_stage(teacher_config)[number] if teacher_config is not None else None
-    down, up = (", ".join(map(str, pairs)) for pairs in (stage.down, stage.up))
-    of_down, of_up = ("", "") if layers is None else (f" of {layers}", f" of {layers + 1}")
-    depth = "" if stage.depth is None else f", the first {stage.depth} transformer blocks of each attention"
-    return f"pair {down}{of_down} down, pairs {up}{of_up} up{depth}"
+            _check_mid(self, teacher_config)
 
 
 def _check_stage(stage: Stage, where: str, config: Mapping, number: int) -> None:
-    layers = layers_per_stage(config)[number]
+    layers, depth = layers_per_stage(config)[number], attention_depths(config)[number]
     for side, pairs, available in (("down", stage.down, layers), ("up", stage.up, layers + 1)):
         if list(pairs) != sorted(set(pairs)) or not set(pairs) <= set(range(available)):
             raise ValueError(f"{where}: {side}={pairs} must be rising numbers among 0 … {available - 1}")
     if not stage.down:
         raise ValueError(f"{where}: down={stage.down} keeps no pair; keep one, or remove the innermost stages whole")
     if len(stage.up) != len(stage.down) + 1:
+        raise ValueError(f"{where}: {len(stage.down)} pairs down need {len(stage.down) + 1} up, not {len(stage.up)}: "
+                         "every skip connection needs both its ends")  # fmt: skip
+    if stage.depth is not None and not 1 <= stage.depth <= depth:
+        raise ValueError(f"{where}: depth {stage.depth} must be 1 … {depth}")
+    student, teacher = (_input_channels(config, number, count) for count in (len(stage.down), layers))
+    for side, pairs in (("down", stage.down), ("up", stage.up)):
+        for position, pair in enumerate(pairs):
+            given, needed = student[side][position], teacher[side][pair]
+            if given != needed:
+                raise ValueError(f"{where}: {side} pair {pair} cannot be number {position} in the student, where it "
+                                 f"gets {given} input channels; its weights need {needed}")  # fmt: skip
+
+
+def _input_channels(config: Mapping, stage: int, layers: int) -> dict[str, list]:
+    """Channels that each pair of a stage with `layers` pairs gets: down; up, from below and by its skip connection."""
+    widths = config["block_out_channels"]
+    outer, own, inner = widths[max(stage - 1, 0)], widths[stage], widths[min(stage + 1, len(widths) - 1)]
+    below, skip = [inner] + [own] * layers, [own] * layers + [outer]
+    return {"down": [outer] + [own] * (layers - 1), "up": list(zip(below, skip, strict=True))}
+
+
+def _check_mid(plan: RemovalPlan, teacher_config: Mapping) -> None:
+    if teacher_config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None:
+        raise ValueError(f"plan {plan.name!r} keeps the mid block, but the teacher has none: give mid=False")
+    inner, widths, depths = len(plan.stages) - 1, teacher_config["block_out_channels"], attention_depths(teacher_config)
+    heads, depth = teacher_config.get("attention_head_dim", 8), plan.stages[inner].depth or depths[inner]
+    if widths[inner] != widths[-1] or depth > depths[-1]:
         raise ValueError(
-            f"{where}: {len(stage.down)} pairs down need {len(stage.down) + 1} up, not {len(stage.up)}: every "
-            f"skip connection needs both its ends"
+            f"plan {plan.name!r} keeps the mid block of {widths[-1]} channels and depth {depths[-1]} under stage "
+            f"{inner} of {widths[inner]} channels and depth {depth}: remove the mid block too"
         )
-    widths = list(config["block_out_channels"])
-    for position, pair in enumerate(stage.down):
-        given, wanted = _down_input(widths, number, position), _down_input(widths, number, pair)
-        if given != wanted:
-            raise ValueError(f"{where}: pair 0 of down must stay, it takes {given} channels where pair {pair} takes "
-                             f"{wanted}")  # fmt: skip
-    for position, pair in enumerate(stage.up):
-        given = _up_input(widths, number, position, len(stage.down))
-        wanted = _up_input(widths, number, pair, layers)
-        if given != wanted:
-            raise ValueError(
-                f"{where}: pair {pair} of up cannot be in position {position}: there it gets {given[0]} channels from "
-                f"below and {given[1]} from its skip connection, and was made for {wanted[0]} and {wanted[1]}"
-            )
-
-
-def _down_input(widths: Sequence[int], stage: int, pair: int) -> int:
-    """Channels that reach a pair on the way down."""
-    return widths[stage] if pair else widths[max(stage - 1, 0)]
-
-
-def _up_input(widths: Sequence[int], stage: int, pair: int, layers: int) -> tuple[int, int]:
-    """Channels that reach a pair on the way up: from below, and by its skip connection."""
-    below = widths[stage] if pair else widths[min(stage + 1, len(widths) - 1)]
-    return below, widths[max(stage - 1, 0)] if pair == layers else widths[stage]
+    if isinstance(heads, (list, tuple)) and heads[inner] != heads[-1]:
+        raise ValueError(
+            f"plan {plan.name!r} keeps the mid block, whose attention has {heads[-1]} heads, under stage {inner} "
+            f"with {heads[inner]}: the student's mid block would compute something else. Remove it too."
+        )
 
 
 def paper_plan(
@@ -172,7 +149,7 @@ def paper_plan(
     count = len(teacher_config["block_out_channels"])
     kept = free_plan(teacher_config, range(count), mid, count if innermost else count - 1, name)
     stages = zip_longest(kept.stages, depths[: len(kept.stages)])
-    return replace(kept, stages=tuple(replace(stage, depth=depth) for stage, depth in stages))
+    return replace(kept, mid=mid, stages=tuple(replace(stage, depth=depth) for stage, depth in stages))
 
 
 Rule = Callable[[Mapping], RemovalPlan]  # of a teacher's config
@@ -188,17 +165,13 @@ SDXL_VARIANTS: dict[str, Rule] = {
     "koala_700m": partial(paper_plan, name="koala_700m", mid=False, depths=(None, None, 5)),
 }
 VARIANTS: dict[str, Rule] = SD_VARIANTS | SDXL_VARIANTS
+FAMILY_VARIANTS = {"text_time": SDXL_VARIANTS}  # by the U-Net's addition_embed_type; other families have SD's
 ALIASES = {"sd_small": "bk_base", "sd_tiny": "bk_tiny"}  # segmind/distill-sd's names for the same plans
 
 
-def is_sdxl(config: Mapping) -> bool:
-    """Whether a U-Net config is SDXL's, which adds a pooled text embedding and sizes to its time embedding."""
-    return config.get("addition_embed_type") == "text_time"
-
-
 def named_plans(teacher_config: Mapping) -> dict[str, RemovalPlan]:
-    """The named plans made for a teacher of this kind that fit it: SDXL's, or Stable Diffusion's."""
-    rules = SDXL_VARIANTS if is_sdxl(teacher_config) else SD_VARIANTS
+    """The named plans made for a teacher of this family that fit it."""
+    rules = FAMILY_VARIANTS.get(teacher_config.get("addition_embed_type"), SD_VARIANTS)
     plans = {name: rule(teacher_config) for name, rule in rules.items()}
     return {name: plan for name, plan in plans.items() if fits(plan, teacher_config)}
 
@@ -231,6 +204,7 @@ def fits(plan: RemovalPlan, teacher_config: Mapping) -> bool:
 
 def identity_plan(teacher_config: Mapping) -> RemovalPlan:
     """The plan that removes nothing."""
+    check_unet(teacher_config)
     stages = tuple(Stage(tuple(range(n)), tuple(range(n + 1))) for n in layers_per_stage(teacher_config))
     return RemovalPlan("teacher", stages, mid=teacher_config.get("mid_block_type", "") is not None)
 
@@ -258,23 +232,24 @@ def removals(teacher_config: Mapping, plan: RemovalPlan) -> dict[str, RemovalPla
     block, the innermost stage, or the last transformer block of every attention in a stage. Only plans that fit are
     given.
     """
-    depths, found = attention_depths(teacher_config), {}
+    depths, plans = attention_depths(teacher_config), {}
     for number, stage in enumerate(plan.stages):
-
-        def changed(number=number, **parts) -> RemovalPlan:
-            stages = [replace(s, **parts) if i == number else s for i, s in enumerate(plan.stages)]
-            return replace(plan, stages=tuple(stages))
-
         for down, up in product(stage.down, stage.up):
-            rest = {"down": tuple(p for p in stage.down if p != down), "up": tuple(p for p in stage.up if p != up)}
-            found[f"stage {number}: down {down}, up {up}"] = changed(**rest)
+            kept = {"down": tuple(p for p in stage.down if p != down), "up": tuple(p for p in stage.up if p != up)}
+            plans[f"stage {number}: down {down}, up {up}"] = _changed(plan, number, **kept)
         depth = stage.depth or depths[number]
         if depth > 1 and "CrossAttn" in teacher_config["down_block_types"][number]:
-            found[f"stage {number}: depth {depth} to {depth - 1}"] = changed(depth=depth - 1)
+            plans[f"stage {number}: depth {depth} to {depth - 1}"] = _changed(plan, number, depth=depth - 1)
     if plan.mid:
-        found["mid block"] = replace(plan, mid=False)
-    found["innermost stage"] = replace(plan, stages=plan.stages[:-1])
-    return {unit: replace(p, name=f"without {unit}") for unit, p in found.items() if fits(p, teacher_config)}
+        plans["mid block"] = replace(plan, mid=False)
+    plans["innermost stage"] = replace(plan, stages=plan.stages[:-1])
+    return {unit: replace(p, name=f"without {unit}") for unit, p in plans.items() if fits(p, teacher_config)}
+
+
+def _changed(plan: RemovalPlan, number: int, **fields) -> RemovalPlan:
+    stages = list(plan.stages)
+    stages[number] = replace(stages[number], **fields)
+    return replace(plan, stages=tuple(stages))
 
 
 def layers_per_stage(config: Mapping) -> list[int]:
@@ -327,10 +302,8 @@ def check_unet(config: Mapping) -> None:
     needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim")
     missing = [key for key in needed if config.get(key) is None]
     if missing:
-        raise ValueError(
-            f"not a Stable-Diffusion-shaped U-Net: its config lacks {', '.join(missing)}. "
-            "Expected the config of a diffusers UNet2DConditionModel."
-        )
+        raise ValueError(f"not a Stable-Diffusion-shaped U-Net: its config lacks {', '.join(missing)}. Expected the "
+                         "config of a diffusers UNet2DConditionModel.")  # fmt: skip
     known = {f"{attention}{side}Block2D" for attention in ("", "CrossAttn") for side in ("Down", "Up")}
     strange = sorted({*config["down_block_types"], *config["up_block_types"]} - known)
     if strange:

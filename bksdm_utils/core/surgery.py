@@ -1,4 +1,4 @@
-"""Builds a student out of a teacher, and recognises the plan of somebody else's student (notebook 01)."""
+"""Builds a student from a teacher, and recognises the plan of any U-Net (section 3.1; notebook 01)."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Recognition:
 
     Attributes:
         teacher: name of the nearest teacher.
-        plan: the named plan it follows, or one read off its counts; None where no plan leads to it.
-        differences: what its config has otherwise than this plan gives; empty for an exact match.
+        plan: the named plan it follows, or one inferred from its counts; None where no plan leads to it.
+        differences: where its config differs from what this plan gives; empty for an exact match.
     """
 
     teacher: str
@@ -73,32 +73,31 @@ class Recognition:
 def recognise(config: Mapping, teachers: Mapping[str, Mapping]) -> Recognition:
     """Which plan, applied to which teacher, gives a U-Net of this config.
 
-    A config tells how many pairs stayed, not which: where no named plan matches, the first ones down and the last one
+    A config says how many pairs stayed, not which: where no named plan matches, the first ones down and the last one
     up are assumed, as in the paper.
 
     Args:
-        config: of somebody's `UNet2DConditionModel`.
+        config: of any `UNet2DConditionModel`.
         teachers: U-Net configs by name.
 
     Raises:
-        ValueError: the config is no Stable-Diffusion-shaped U-Net's.
+        ValueError: not the config of a Stable-Diffusion-shaped U-Net.
     """
     check_unet(config)
-    found = [_recognise(config, name, teacher) for name, teacher in teachers.items()]
-    return min(found, key=lambda r: (len(r.differences), r.plan is None))
+    results = [_recognise(config, name, teacher) for name, teacher in teachers.items()]
+    return min(results, key=lambda r: (len(r.differences), r.plan is None))
 
 
 def _recognise(config: Mapping, name: str, teacher: Mapping) -> Recognition:
-    candidates = [identity_plan(teacher), *named_plans(teacher).values()]
+    plans, unreadable = [identity_plan(teacher), *named_plans(teacher).values()], ()
     try:
-        candidates.append(_plan_by_counts(config, teacher))
+        plans.append(_plan_by_counts(config, teacher))
     except ValueError as error:
-        candidates.append(None)
         unreadable = (str(error),)
-    results = [Recognition(name, p, _differences(config, student_config(teacher, p))) for p in candidates if p]
+    results = [Recognition(name, plan, _differences(config, student_config(teacher, plan))) for plan in plans]
     best = min(results, key=lambda r: len(r.differences))
-    if best.differences and candidates[-1] is None:
-        return Recognition(name, None, (*unreadable, *best.differences))
+    if unreadable and best.differences:
+        return Recognition(name, None, unreadable + best.differences)
     return best
 
 

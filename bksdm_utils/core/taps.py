@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .copying import source_of
 from .plans import RemovalPlan, attention_depths, layers_per_stage, resolve_plan
@@ -26,7 +27,7 @@ def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block
     teacher's does; there the last attention's `proj_out` of both is compared.
 
     Raises:
-        ValueError: `kd` is none of the two, or the plan is unknown.
+        ValueError: `kd` is neither, or the plan is unknown.
     """
     if kd not in KD_KINDS:
         raise ValueError(f"kd is {kd!r}: expected one of {', '.join(KD_KINDS)}")
@@ -37,8 +38,8 @@ def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block
 
 def _self_attention_taps(plan: RemovalPlan, teacher_config: Mapping, block_taps: Sequence) -> list[tuple[str, str]]:
     kept, depths, taps = len(plan.stages), attention_depths(teacher_config), []
-    places = [("down", i, i) for i in range(kept)] + [("up", i, kept - 1 - i) for i in range(kept)]
-    for (side, block, stage), block_tap in zip(places, block_taps, strict=True):
+    blocks = [("down", i, i) for i in range(kept)] + [("up", i, kept - 1 - i) for i in range(kept)]
+    for (side, block, stage), block_tap in zip(blocks, block_taps, strict=True):
         if "CrossAttn" not in teacher_config[f"{side}_block_types"][stage if side == "down" else -1 - stage]:
             taps.append(block_tap)
             continue
@@ -81,7 +82,7 @@ class Taps:
         return hook
 
     def listen(self) -> None:
-        """From here on outputs are kept, the latest of each module."""
+        """Starts to keep outputs, the latest of each module."""
         self._outputs = {}
 
     def take(self) -> list[torch.Tensor]:
@@ -101,18 +102,7 @@ def tap_features(unet: UNet2DConditionModel, names: Sequence[str], **inputs) -> 
     taps = Taps(unet, names)
     taps.listen()
     try:
-        unet(**_in_precision(inputs, unet.dtype))
+        unet(**tree_map(lambda x: x.to(unet.dtype) if x.is_floating_point() else x, inputs))
         return taps.take()
     finally:
         taps.close()
-
-
-def _in_precision(inputs: Mapping, dtype: torch.dtype) -> dict:
-    """The same U-Net arguments with every floating-point tensor in `dtype`; timesteps stay whole numbers."""
-    changed = {}
-    for name, value in inputs.items():
-        if isinstance(value, Mapping):
-            changed[name] = _in_precision(value, dtype)
-        else:
-            changed[name] = value.to(dtype) if value.is_floating_point() else value
-    return changed

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.shared import Teacher
 from ..core.copying import empty_unet
-from ..core.families import unet_inputs
-from ..core.plans import is_sdxl
+from ..core.families import text_encoder_names, unet_inputs
 from ..models.configs import teacher_config
 
 
@@ -93,12 +92,11 @@ def count_text_encoder(config: Mapping, num_tokens: int | None = None) -> Costs:
 
 def count_pipeline(config: Teacher) -> dict[str, Costs]:
     """Counts everything that makes an image at the preset's resolution: text encoder(s), U-Net, VAE."""
-    resolution, unet = config.chosen_preset.common["resolution"], teacher_config(config)
-    vae = teacher_config(config, "vae")
-    parts = {"text encoder": count_text_encoder(teacher_config(config, "text_encoder"))}
-    if is_sdxl(unet):
-        parts["text encoder 2"] = count_text_encoder(teacher_config(config, "text_encoder_2"))
+    unet, vae = teacher_config(config), teacher_config(config, "vae")
+    resolution = config.chosen_preset.common["resolution"]
     side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+    parts = {name.replace("_", " "): count_text_encoder(teacher_config(config, name))
+             for name in text_encoder_names(unet)}  # fmt: skip
     return parts | {"U-Net": count(unet, side), **count_vae(vae, resolution)}
 
 

@@ -63,7 +63,7 @@ def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int
         if is_block(name):
             handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
             handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
-    inputs = _real_inputs(unet, batch_size, None)
+    inputs = _real_inputs(unet, batch_size)
     for _ in range(repeats + 1):
         _forward_seconds(unet, inputs, unet.device)
     for handle in handles:
@@ -114,13 +114,8 @@ class _LiveBytes(TorchDispatchMode):
         self.held -= size
 
 
-def _real_inputs(unet: UNet2DConditionModel, batch_size: int, sample_size: int | None) -> dict:
-    def cast(value):
-        if isinstance(value, dict):
-            return {key: cast(item) for key, item in value.items()}
-        return value.to(unet.dtype) if value.is_floating_point() else value
-
-    return cast(unet_inputs(unet.config, sample_size, batch_size, unet.device))
+def _real_inputs(unet: UNet2DConditionModel, batch_size: int, sample_size: int | None = None) -> dict:
+    return unet_inputs(unet.config, sample_size, batch_size, unet.device, unet.dtype)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ import torch
 from conftest import SD_V1, SD_V2, SDXL
 
 from bksdm_utils.core.copying import copy_report, copy_weights, empty_unet, weight_map
-from bksdm_utils.core.plans import SD_VARIANTS, SDXL_VARIANTS, student_config, variants_of
+from bksdm_utils.core.plans import SD_VARIANTS, SDXL_VARIANTS, named_plans, student_config
 from bksdm_utils.core.surgery import build_student
 
 EXAMPLES = {
@@ -20,7 +20,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize(
     ("config", "variant"),
-    [(config, variant) for config in (SD_V1, SD_V2, SDXL) for variant in variants_of(config)],
+    [(config, variant) for config in (SD_V1, SD_V2, SDXL) for variant in named_plans(config)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_every_student_tensor_has_a_source_of_its_shape(config, variant):
