@@ -22,7 +22,7 @@ def random_conditioning_probability(timesteps: torch.Tensor, num_train_timesteps
 
 
 @dataclass
-class Batches:
+class KDBatches:
     """Batches of a data set: called with a step's `BatchRng`, it gives latents, noise, timesteps and token ids.
 
     Args:
@@ -43,7 +43,7 @@ class Batches:
     noise_offset: float = 0.0
 
     @classmethod
-    def of(cls, config: KDTraining, data, num_train_timesteps: int, device: torch.device) -> Batches:
+    def of(cls, config: KDTraining, data, num_train_timesteps: int, device: torch.device) -> KDBatches:
         """Batches as the parameters of notebook 03 describe them."""
         chosen = (config.caption_dropout, config.random_conditioning, config.noise_offset)
         return cls(data, num_train_timesteps, device, *chosen)

@@ -21,7 +21,7 @@ from ..core.surgery import build_student
 from ..core.taps import tap_pairs
 from ..files import CsvLog, folder_lock, read_log
 from ..models.pipelines import Pipeline, load_pipeline, with_unet
-from .batches import Batches
+from .batches import KDBatches
 from .latents import LatentDataset, load_data
 from .step import Step
 from .streams import StreamedDataset
@@ -98,10 +98,10 @@ class KDJob:
         weights = loss_weights(config)
         return Distillation(self.pipe.unet, student, self.conditioning, self.noise_schedule, taps, weights)
 
-    def batches(self, config: KDTraining) -> Batches:
+    def batches(self, config: KDTraining) -> KDBatches:
         """This run's data as batches, augmented with these parameters."""
         steps = self.noise_schedule.config.num_train_timesteps
-        return Batches.of(config, self.data, steps, self.pipe.device)
+        return KDBatches.of(config, self.data, steps, self.pipe.device)
 
     def losses(self, student: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """The trainer's loss function."""
