@@ -13,6 +13,7 @@ from pathlib import Path
 from ..files import ROOT, check_disk
 
 _BUCKET = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
+_COCO = "data/mscoco_val2014_41k_full"
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,13 @@ DOWNLOADS: Mapping[str, Download] = {
     "inception_torch_fidelity": Download(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "data/weights/weights-inception-2015-12-05-6726825d.pth"),
-    "coco_images": Download("http://images.cocodataset.org/zips/val2014.zip",
-                              "data/mscoco_val2014_41k_full/val2014.zip"),
-    "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz",
-                                "data/mscoco_val2014_41k_full/real_im256.npz"),
+    "coco_images": Download("http://images.cocodataset.org/zips/val2014.zip", f"{_COCO}/val2014.zip"),
+    "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz", f"{_COCO}/real_im256.npz"),
 }  # fmt: skip
 
 
 def download(names: Sequence[str]) -> int:
-    """Fetches by name and unpacks archives, printing each path or error.
-
-    Returns:
-        the number of downloads that failed.
-    """
+    """Fetches by name and unpacks archives, printing each path or error; returns the number of failures."""
     if unknown := set(names) - set(DOWNLOADS):
         raise ValueError(f"no download is called {', '.join(sorted(unknown))}: expected {', '.join(DOWNLOADS)}")
     failures = 0
@@ -77,10 +72,8 @@ def download(names: Sequence[str]) -> int:
 def fetch(download: Download, root: Path = ROOT) -> Path:
     """The file, downloaded if it does not exist yet; an interrupted download continues where it stopped.
 
-    The file has its name only once it is complete and its checksum is right.
-
     Raises:
-        ValueError: no such file, a wrong checksum, or not enough disk; the message says which and what to do.
+        ValueError: no such file, a wrong checksum, or not enough disk; no incomplete file ever has the name.
         OSError: the network or the server failed; the part received so far is kept for the next call.
     """
     path, note, part = (root / (download.path + suffix) for suffix in ("", ".sha256", ".part"))
@@ -137,10 +130,7 @@ def _sha256(path: Path) -> str:
 def fetch_folder(download: Download, root: Path = ROOT) -> Path:
     """The folder that an archive contains, fetched and unpacked if it does not exist yet, completely or not at all.
 
-    Nothing is written outside it, whatever the names in the archive.
-
-    Raises:
-        ValueError, OSError: as `fetch`; or the archive is incomplete, or has paths that lead outside.
+    Raises as `fetch`, and ValueError where the archive is incomplete or has paths that lead outside the folder.
     """
     folder = root / download.path.removesuffix(".tar.gz")
     if folder.is_dir():

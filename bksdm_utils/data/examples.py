@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
@@ -36,11 +36,7 @@ Skipped = list[tuple[str, str]]  # (name, reason) of what was set aside
 
 
 def load_examples(config: TrainingData) -> tuple[list[Example], Skipped]:
-    """The training examples: storybook scenes, an image-text folder, shards, or a data set of the hub.
-
-    Raises:
-        ValueError: the folder or data set does not exist or lacks the columns, or none of its rows is usable.
-    """
+    """The training examples, and what was set aside; ValueError where the source or its columns do not exist."""
     source = config.train_data_dir
     if source is None:
         return storybook_examples(config.num_train_scenes), []
@@ -56,7 +52,7 @@ def load_examples(config: TrainingData) -> tuple[list[Example], Skipped]:
 
 def storybook_examples(num_scenes: int, split: str = "train") -> list[Example]:
     """The first scenes of a storybook split."""
-    world = _digest(Path(rendering.__file__).read_bytes() + Path(scenes.__file__).read_bytes())
+    world = sha256(Path(rendering.__file__).read_bytes() + Path(scenes.__file__).read_bytes()).hexdigest()
 
     def example(seed: int) -> Example:
         scene, name = scenes.sample_scene(seed, split), f"{split}-{seed}"
@@ -87,13 +83,10 @@ def _folder_example(folder: Path, row: Mapping[str, str]) -> Example | tuple[str
     try:
         if not name or not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError("file_name is empty or points outside the folder")
-        return Example(name, captions_of(row["text"]), lambda: Image.open(path), _digest(path.read_bytes()))
+        captions, key = captions_of(row["text"]), sha256(path.read_bytes()).hexdigest()
+        return Example(name, captions, lambda: Image.open(path), key)
     except (OSError, ValueError) as error:
         return name or "(no name)", getattr(error, "strerror", None) or str(error)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def captions_of(value: object) -> tuple[str, ...]:

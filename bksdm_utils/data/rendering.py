@@ -38,15 +38,10 @@ def _render(scene: Scene, things: Sequence[tuple], seed: int, size: int) -> Imag
 
 
 def nearest(image: Image.Image, scenes: Sequence[Scene], size: int = 32, renders: int = 8) -> int:
-    """The index of the scene that an image is nearest to, by the least squared distance to some renders of each.
-
-    It needs no trained network, and sees where things are: for relations.
-    """
+    """The index of the scene with the least squared distance to an image; right for relations, without a network."""
     pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BOX), np.float32)
-    distances = [
-        min(np.square(np.asarray(render(scene, seed, size), np.float32) - pixels).mean() for seed in range(renders))
-        for scene in scenes
-    ]
+    distances = [min(np.square(np.asarray(render(scene, seed, size), np.float32) - pixels).mean()
+                     for seed in range(renders)) for scene in scenes]  # fmt: skip
     return int(np.argmin(distances))
 
 
@@ -151,8 +146,7 @@ _THINGS = {
         ("polygon", 0.8, (0.3, 0), (1, -0.58), (0.84, 0), (1, 0.58)),
         ("polygon", 0.8, (-0.4, -0.4), (0.1, -0.74), (0.2, -0.3)),
         ("ellipse", 1, -1, -0.55, 0.55, 0.55),
-        ("disc", CREAM, -0.6, -0.12, 0.15),
-        ("disc", INK, -0.62, -0.12, 0.08),
+        ("disc", CREAM, -0.6, -0.12, 0.15), ("disc", INK, -0.62, -0.12, 0.08),
     ],
     "star": [("polygon", 1, *((r * cos(a), r * sin(a) + 0.06) for a, r in _STAR))],
     "heart": [
@@ -163,15 +157,12 @@ _THINGS = {
     "balloon": [
         ("line", INK, 0.07, (0, 0.55), (0.12, 0.72), (-0.06, 0.86), (0.04, 1)),
         ("polygon", 0.75, (-0.16, 0.68), (0, 0.45), (0.16, 0.68)),
-        ("ellipse", 1, -0.68, -1, 0.68, 0.56),
-        ("ellipse", 1.55, -0.42, -0.72, -0.12, -0.3),
+        ("ellipse", 1, -0.68, -1, 0.68, 0.56), ("ellipse", 1.55, -0.42, -0.72, -0.12, -0.3),
     ],
     "mushroom": [
         ("polygon", CREAM, (-0.26, 0), (0.26, 0), (0.38, 0.95), (-0.38, 0.95)),
         ("chord", 1, -1, -0.9, 1, 1.1, 180, 360),
-        ("disc", CREAM, -0.5, -0.2, 0.16),
-        ("disc", CREAM, 0.05, -0.55, 0.18),
-        ("disc", CREAM, 0.52, -0.2, 0.15),
+        ("disc", CREAM, -0.5, -0.2, 0.16), ("disc", CREAM, 0.05, -0.55, 0.18), ("disc", CREAM, 0.52, -0.2, 0.15),
     ],
     "flower": [
         ("line", GREEN, 0.13, (0, 0), (0, 1)),
@@ -185,10 +176,8 @@ _THINGS = {
         ("polygon", 1, (0.9, -0.98), (0.08, -0.5), (0.92, 0.1)),
         ("polygon", 0.72, (0.74, -0.7), (0.4, -0.45), (0.74, -0.2)),
         ("ellipse", 1, -0.96, -0.62, 0.96, 0.9),
-        ("ellipse", INK, -0.4 - 0.13, -0.16, -0.4 + 0.13, 0.2),
-        ("line", INK, 0.06, (-0.25, 0.42), (-0.72, 0.34)),
-        ("ellipse", INK, 0.4 - 0.13, -0.16, 0.4 + 0.13, 0.2),
-        ("line", INK, 0.06, (0.25, 0.42), (0.72, 0.34)),
+        ("ellipse", INK, -0.4 - 0.13, -0.16, -0.4 + 0.13, 0.2), ("line", INK, 0.06, (-0.25, 0.42), (-0.72, 0.34)),
+        ("ellipse", INK, 0.4 - 0.13, -0.16, 0.4 + 0.13, 0.2), ("line", INK, 0.06, (0.25, 0.42), (0.72, 0.34)),
         ("polygon", INK, (-0.15, 0.28), (0.15, 0.28), (0, 0.46)),
     ],
 }  # fmt: skip

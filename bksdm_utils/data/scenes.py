@@ -48,10 +48,7 @@ class Scene:
         return f"{f' {self.relation} '.join(map(str, self.things))} {self.place}"
 
     def alternatives(self, attribute: str) -> list[Scene]:
-        """This scene with `attribute` (of its first thing, or "place", "relation") set to each possible value.
-
-        The true scene is among them; the order is that of the world's lists.
-        """
+        """This scene with each value of `attribute` (of its first thing, or "place", "relation"), itself included."""
         if attribute == "place":
             return [replace(self, place=place) for place in PLACES]
         if attribute == "relation":
@@ -61,20 +58,15 @@ class Scene:
         return [replace(self, things=(replace(first, **{attribute: value}), *rest)) for value in values]
 
 
-def _combinations_by_split() -> dict[str, list[tuple[str, str, str]]]:
-    combinations = list(itertools.product(OBJECTS, COLOURS, PLACES))
-    random.Random(2305).shuffle(combinations)
-    return {"test": combinations[:48], "validation": combinations[48:72], "train": combinations[72:]}
-
-
-COMBINATIONS = _combinations_by_split()  # (object, colour, place); no two splits share one
+_ALL = list(itertools.product(OBJECTS, COLOURS, PLACES))
+random.Random(2305).shuffle(_ALL)
+COMBINATIONS = {"test": _ALL[:48], "validation": _ALL[48:72], "train": _ALL[72:]}  # (object, colour, place)
 
 
 def sample_scene(seed: int, split: str = "train", pair_share: float = 0.4) -> Scene:
-    """A random scene whose (object, colour, place) combinations all belong to `split`.
+    """A scene whose (object, colour, place) combinations all belong to `split`, the same for the same arguments.
 
     Args:
-        seed: the scene depends on seed, split and pair_share only.
         split: one of `SPLITS`; validation and test combinations never occur in training.
         pair_share: probability of a second object.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
+
 from ..config.shared import Teacher
 from ..files import is_hub_id, resolve
 from .loading import named_errors
@@ -17,16 +19,13 @@ def model_config(path: str | Path, part: str = "unet") -> dict:
         path: a pipeline's folder or hub id, a preset's `configs`, or the folder of that part itself.
         part: unet, vae, text_encoder, text_encoder_2 or scheduler.
 
-    Raises:
-        NotAvailable, ValueError: as `loading.named_errors`.
+    Raises as `named_errors`.
     """
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     folder = Path(resolve(path))
     with named_errors(f"the {part} config of", path, f"{part}/{name} as diffusers writes it"):
         if is_hub_id(path):
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(str(path), f"{part}/{name}"))
+            file = Path(huggingface_hub.hf_hub_download(str(path), f"{part}/{name}"))
         else:
             file = folder / part / name if (folder / part).is_dir() else folder / name
         return json.loads(file.read_text(encoding="utf-8"))

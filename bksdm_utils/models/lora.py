@@ -19,11 +19,8 @@ LORA_BASE = "bksdm_base"  # entry of a LoRA file's metadata: architecture_hash o
 def load_lora(pipeline: Pipeline, path: str | Path, parts: Sequence[str] = ()) -> Pipeline:
     """A copy of `pipeline` with a LoRA, as diffusers' `save_lora_weights` writes it, merged into its weights.
 
-    Args:
-        parts: networks that the LoRA must change, of unet and text_encoder.
-
-    Raises:
-        NotAvailable, ValueError: as `named_errors`; or the LoRA lacks some of `parts`, or is of another base model.
+    Raises as `named_errors`, and ValueError where the LoRA has nothing for one of `parts` (of unet and text_encoder) or
+    was trained on another model.
     """
     pipeline = own_copy(pipeline)
     with named_errors("the LoRA", path, "what save_lora_weights of diffusers writes, for this base model"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
+from ..core.families import vae_overflows_in_fp16
 from ..files import NotAvailable, resolve
 from .loading import load, named_errors
 
@@ -20,11 +21,7 @@ Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-    """A Stable Diffusion or SDXL pipeline from a diffusers folder or hub id, without a safety checker.
-
-    Raises:
-        NotAvailable, ValueError: as `loading.named_errors`.
-    """
+    """A Stable Diffusion or SDXL pipeline from a folder or hub id, without safety checker; raises as `named_errors`."""
     if (path := Path(resolve(teacher))).is_dir():
         with named_errors("the pipeline", teacher):
             _check_parts(path)
@@ -35,9 +32,8 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     pipeline.unet.to(memory_format=torch.channels_last)  # faster convolutions, on CPU and GPU
     if device != "cpu":
         pipeline.vae.enable_slicing()  # decoding a whole batch of large images needs more memory than sampling it
-    if dtype is torch.float16 and isinstance(pipeline, StableDiffusionXLPipeline):
-        dtype = torch.bfloat16  # its autoencoder overflows in fp16
-    return pipeline.to(device, dtype)
+    half = torch.bfloat16 if vae_overflows_in_fp16(pipeline) else torch.float16
+    return pipeline.to(device, half if dtype is torch.float16 else dtype)
 
 
 def _check_parts(path: Path) -> None:
@@ -62,8 +58,7 @@ def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
 def load_unet(path: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
     """A U-Net from its own folder or hub id, or from a whole pipeline's folder, on the pipeline's device, in its dtype.
 
-    Raises:
-        NotAvailable, ValueError: as `loading.named_errors`; or it does not fit the pipeline's latents and text encoder.
+    Raises as `named_errors`, and ValueError where it does not fit the pipeline's latents and text encoder.
     """
     within = {"subfolder": "unet"} if Path(resolve(path), "unet", "config.json").is_file() else {}
     unet = load(UNet2DConditionModel, path, **within)
