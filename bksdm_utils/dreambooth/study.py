@@ -137,6 +137,12 @@ class Study:
         return {stage: {**{f"{score} of the class": value for score, value in some.class_scores.items()}, **some.scores}
                 for (model, stage), some in self.evaluated.items() if model == name and some.scores}  # fmt: skip
 
+    def key_figure(self) -> str:
+        """The gain in CLIP-I of every training, in a line."""
+        points = {label: [point["clip_i"] for point in rows] for label, rows in self.along.items() if self.clip}
+        gains = [f"{label} {values[0]:.2f} to {values[-1]:.2f}" for label, values in points.items()]
+        return f"{self.config.subject}: CLIP-I {'; '.join(gains)}" if gains else "no scores: see what was skipped"
+
     def metrics(self) -> dict[str, object]:
         """Everything that result.json keeps."""
         return {
