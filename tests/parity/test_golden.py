@@ -40,8 +40,9 @@ def measure(folder: Path) -> dict:
     student = ["-p", "student", str(folder / "03" / "unet_ema")]
     for number, parameters in RUNS.items():
         given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
-        also = {"04": ["-p", "students", student[2], "-p", "images_dir", str(folder / "images")],
-                "05": [*student, "-p", "images_dir", str(folder / "images")], "06": student, "03": []}[number]  # fmt: skip
+        images = ["-p", "images_dir", str(folder / "images")]
+        students = ["-p", "students", student[2], *images]
+        also = {"03": [], "04": students, "05": [*student, *images], "06": student}[number]
         command = [sys.executable, "-m", "bksdm_utils", "run", number, *given, *also, "-p", "output_dir",
                    str(folder / number)]  # fmt: skip
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
