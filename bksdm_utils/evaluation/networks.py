@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from ..data.downloads import DOWNLOADS
 from ..data.scenes import COLOURS, OBJECTS, PLACES, SIZES, Thing
@@ -61,7 +61,8 @@ class MetricClip:
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
         self.model = load(CLIPModel, path, local_files_only=True).float().to(device).eval()
         self.tokenizer = load(CLIPTokenizer, path, local_files_only=True)
-        self.processor = load(CLIPImageProcessor, path, local_files_only=True)
+        # Published CLIP scores are of Pillow's resizing; transformers 5's default is torchvision's.
+        self.processor = load(CLIPImageProcessorPil, path, local_files_only=True)
 
     @cached_property
     def key(self) -> str:
