@@ -116,7 +116,7 @@ def app(models: Mapping[str, Pipeline], config: Demo = DEFAULTS):
 
 
 def _controls(gradio, pipeline: Pipeline, limits: Demo, from_image: bool) -> dict:
-    """The controls of one tab by the fields of `Request`; Gradio checks their ranges."""
+    """The controls of one tab by the fields of `Request`, whose errors name the value, as Gradio's do not."""
     scene, side = sample_scene(3), own_size(pipeline)
     storybook = STORYBOOK.common
     guidance = storybook["guidance_scale"] if side == storybook["resolution"] else 7.5
@@ -138,11 +138,13 @@ def _controls(gradio, pipeline: Pipeline, limits: Demo, from_image: bool) -> dic
                                              ("size", side, 8, limits.max_size, 8)):  # fmt: skip
             controls[name] = gradio.Number(value, label=name.capitalize(), minimum=low, maximum=high, precision=0,
                                            step=step, min_width=80)  # fmt: skip
+    for control in controls.values():
+        control.preprocess = lambda value: value
     return controls
 
 
 def _uploads_only(gradio, control) -> None:
-    """Gradio fetches addresses that a program sends as images, and decodes images of any size; this page does not."""
+    """Gradio fetches an image whose address a program sends; this page does not."""
     take = control.async_move_resource_to_block_cache
 
     async def take_file(path: str) -> str:
@@ -151,7 +153,6 @@ def _uploads_only(gradio, control) -> None:
         return await take(path)
 
     control.async_move_resource_to_block_cache = take_file
-    control.preprocess = lambda sent: sent  # a file that `open_upload` opens
 
 
 def _galleries(gradio, models: Mapping[str, Pipeline]) -> dict:

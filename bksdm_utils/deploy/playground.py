@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from diffusers import AutoPipelineForImage2Image, PNDMScheduler
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, PNDMScheduler
 from PIL import Image
 from pydantic import ConfigDict, Field
 
@@ -105,11 +105,8 @@ def generate_request(
         the images, number i from the noise of `image_seed(seed, i)`, and the seconds they took.
     """
     total, side = evaluations(pipeline, request), request.size or own_size(pipeline)
-    own, size = for_one_thread(pipeline), {"height": side, "width": side}
-    own.scheduler = _scheduler(pipeline, request)
+    own, size = own_pipeline(pipeline, request), {"height": side, "width": side}
     if request.image is not None:
-        own = AutoPipelineForImage2Image.from_pipe(own)
-        own.set_progress_bar_config(disable=True)
         start = (to_pixels(request.image, side) + 1) / 2  # diffusers takes values from 0 to 1
         size = {"image": start.expand(request.images, -1, -1, -1), "strength": request.strength}
 
@@ -126,6 +123,16 @@ def generate_request(
         callback_on_step_end=after, **size,
     ).images  # fmt: skip
     return images, time.perf_counter() - started
+
+
+def own_pipeline(pipeline: Pipeline, request: Request) -> DiffusionPipeline:
+    """A pipeline with the same weights for one request: text to image, or image to image."""
+    own = for_one_thread(pipeline)
+    own.scheduler = _scheduler(pipeline, request)
+    if request.image is not None:
+        own = AutoPipelineForImage2Image.from_pipe(own)
+        own.set_progress_bar_config(disable=True)
+    return own
 
 
 def _scheduler(pipeline: Pipeline, request: Request):

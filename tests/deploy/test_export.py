@@ -1,27 +1,29 @@
-"""Exports, loaded by fresh processes that cannot import this package."""
+"""Exports, loaded by new processes that cannot import this package (notebook 06)."""
 
 import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from bksdm_utils.config.deploy import DemoAndExport
 from bksdm_utils.core.plans import RemovalPlan, Stage
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.deploy.core_ml import check_core_ml, save_core_ml
-from bksdm_utils.deploy.diffusers_folder import Card, model_card, save_diffusers
-from bksdm_utils.deploy.export import upload
+from bksdm_utils.deploy.diffusers_folder import Card, model_card, save_diffusers, student_card
+from bksdm_utils.deploy.export import EXPORTERS, NotExpressible, export, sample_elsewhere, upload
 from bksdm_utils.deploy.onnx import parts, save_onnx
 from bksdm_utils.deploy.single_file import ldm_unet, ldm_vae, save_single_file, with_mid_block
-from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.models.pipelines import load_pipeline, own_copy, with_unet
 from bksdm_utils.models.schedulers import with_scheduler
 
 CARD = Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
@@ -32,7 +34,7 @@ sys.modules["bksdm_utils"] = None  # importing it raises
 import numpy as np, torch
 from diffusers import StableDiffusionPipeline
 torch.set_num_threads(1)
-def draw(pipe):
+def sample(pipe):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     options = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np")
@@ -51,16 +53,14 @@ def students(pipeline_dir):
     return {name: with_unet(base, build_student(base.unet, name).eval()) for name in ("bk_base", "bk_small", "bk_tiny")}
 
 
-def drawn(pipeline, guidance_scale=2.0):
-    for (
-        parameter
-    ) in pipeline.unet.parameters():  # laid out as when it is loaded elsewhere: another layout rounds otherwise
+def sampled(pipeline, guidance_scale=2.0):
+    for parameter in pipeline.unet.parameters():  # the memory layout of a loaded network: others round otherwise
         parameter.data = torch.empty(parameter.shape).copy_(parameter.data)
     torch.set_num_threads(1)
     generator, options = torch.Generator().manual_seed(3), {"num_inference_steps": 4, "guidance_scale": guidance_scale}
-    picture = pipeline("a big red cat at night", generator=generator, output_type="np", **options).images[0]
+    image = pipeline("a big red cat at night", generator=generator, output_type="np", **options).images[0]
     torch.set_num_threads(THREADS)
-    return picture
+    return image
 
 
 def elsewhere(program, folder):
@@ -68,14 +68,15 @@ def elsewhere(program, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_path):
+@pytest.mark.slow
+def test_diffusers_folder_samples_the_same_elsewhere_bit_for_bit(students, tmp_path):
     for name, student in students.items():
         save_diffusers(student, tmp_path / name, CARD)
     elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
-              "    np.save(n, draw(StableDiffusionPipeline.from_pretrained(n)))", tmp_path)  # fmt: skip
+              "    np.save(n, sample(StableDiffusionPipeline.from_pretrained(n)))", tmp_path)  # fmt: skip
     for name, student in students.items():
         theirs = np.load(tmp_path / f"{name}.npy")
-        ours = drawn(student)
+        ours = sampled(student)
         assert np.array_equal((theirs * 255).round(), (ours * 255).round()) and np.abs(theirs - ours).max() < 1e-6
         plain = UNet2DConditionModel.from_pretrained(tmp_path / name / "unet").state_dict()
         assert all(torch.equal(t, plain[key]) for key, t in student.unet.state_dict().items())
@@ -86,16 +87,17 @@ def test_a_diffusers_folder_draws_bit_for_bit_the_same_elsewhere(students, tmp_p
     assert (tmp_path / "bk_tiny" / "tokenizer" / "merges.txt").read_text().startswith("#version")
 
 
-def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
+@pytest.mark.slow
+def test_single_files_sample_the_same_elsewhere(students, tmp_path):
     for name, student in students.items():
-        about = save_single_file(student, tmp_path / name, "model")
-        assert ("changes nothing" in about) == (name != "bk_base") and "ViT-L/14" in about
+        remark = save_single_file(student, tmp_path / name, "model")
+        assert ("changes nothing" in remark) == (name != "bk_base") and "ViT-L/14" in remark
     elsewhere("for n in ('bk_base', 'bk_small', 'bk_tiny'):\n"
               "    pipe = StableDiffusionPipeline.from_single_file(f'{n}/model.safetensors', config=f'{n}/config',\n"
               "                                                    local_files_only=True, safety_checker=None)\n"
-              "    np.save(n, draw(pipe))", tmp_path)  # fmt: skip
+              "    np.save(n, sample(pipe))", tmp_path)  # fmt: skip
     for name, student in students.items():
-        assert np.abs(np.load(tmp_path / f"{name}.npy") - drawn(student)).max() < 1e-4
+        assert np.abs(np.load(tmp_path / f"{name}.npy") - sampled(student)).max() < 1e-4
         whole = with_mid_block(student.unet)
         tensors = load_file(tmp_path / name / "model.safetensors")
         in_file = [k for k in tensors if k.startswith("model.diffusion_model.")]
@@ -108,7 +110,7 @@ def test_single_files_of_all_three_draw_the_same_elsewhere(students, tmp_path):
         assert network["channel_mult"][-1] * network["model_channels"] == student.unet.config.block_out_channels[-1]
 
 
-def test_names_of_the_single_file_are_those_of_stable_diffusion(pipeline_dir):
+def test_single_file_has_the_names_of_stable_diffusion(pipeline_dir):
     """The teacher has SD-v1's topology, so its file must have the names that the published checkpoint has."""
     teacher = load_pipeline(pipeline_dir)
     unet, vae = ldm_unet(teacher.unet), ldm_vae(teacher.vae)
@@ -127,14 +129,14 @@ def test_names_of_the_single_file_are_those_of_stable_diffusion(pipeline_dir):
     assert len(unet) == len(teacher.unet.state_dict()) and len(vae) == len(teacher.vae.state_dict())
 
 
-def test_what_the_original_layout_cannot_express_is_said(pipeline_dir, tmp_path):
+def test_original_layout_refuses_what_it_cannot_hold(pipeline_dir, tmp_path):
     base = load_pipeline(pipeline_dir)
     plan = RemovalPlan("uneven", (Stage((0, 1), (0, 1, 2)), *[Stage((0,), (0, 2))] * 3))
     uneven = with_unet(base, build_student(base.unet, plan))
     with pytest.raises(ValueError, match=r"as many layers in every stage"):
         save_single_file(uneven, tmp_path / "uneven", "model")
     second = UNet2DConditionModel.from_config({**base.unet.config, "use_linear_projection": True})
-    with pytest.raises(ValueError, match="SD-v1's kind"):
+    with pytest.raises(ValueError, match="SD-v1 only"):
         save_single_file(with_unet(base, second), tmp_path / "v2", "model")
     assert not list(tmp_path.iterdir())
 
@@ -146,34 +148,36 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def drawn_by_onnx(folder, guidance):
+def sampled_by_onnx(folder, guidance):
     options = ["--seed", "3", "--steps", "4", "--guidance", str(guidance), "--output", "cat.png"]
-    command = [sys.executable, "-c", ONNX, str(folder / "draw.py"), "a big red cat at night", *options]
+    command = [sys.executable, "-c", ONNX, str(folder / "sample.py"), "a big red cat at night", *options]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.asarray(Image.open(folder.parent / "cat.png")).astype(float)
 
 
-def test_onnx_draws_the_same_picture_elsewhere(students, tmp_path):
+@pytest.mark.slow
+def test_onnx_samples_the_same_image_elsewhere(students, tmp_path):
     pytest.importorskip("onnxruntime")
     students["bk_small"].vae.enable_slicing()  # as on a GPU
     save_onnx(students["bk_small"], tmp_path / "onnx")
-    theirs = drawn_by_onnx(tmp_path / "onnx", 2)
-    assert np.abs(theirs - drawn(students["bk_small"]) * 255).mean() < 1
-    assert np.abs(drawn_by_onnx(tmp_path / "onnx", 0) - drawn(students["bk_small"], 0) * 255).mean() < 1
+    theirs = sampled_by_onnx(tmp_path / "onnx", 2)
+    assert np.abs(theirs - sampled(students["bk_small"]) * 255).mean() < 1
+    assert np.abs(sampled_by_onnx(tmp_path / "onnx", 0) - sampled(students["bk_small"], 0) * 255).mean() < 1
     # Another schedule may have timesteps that are no whole numbers.
     euler = with_scheduler(students["bk_small"], "euler")
     euler.scheduler.save_pretrained(tmp_path / "onnx" / "scheduler")
-    assert np.abs(drawn_by_onnx(tmp_path / "onnx", 2) - drawn(euler) * 255).mean() < 1
-    assert np.abs(theirs - drawn(students["bk_tiny"]) * 255).mean() > 1  # the picture depends on the model
-    assert "bksdm_utils" not in (tmp_path / "onnx" / "draw.py").read_text()
+    assert np.abs(sampled_by_onnx(tmp_path / "onnx", 2) - sampled(euler) * 255).mean() < 1
+    assert np.abs(theirs - sampled(students["bk_tiny"]) * 255).mean() > 1  # the image depends on the model
+    assert "bksdm_utils" not in (tmp_path / "onnx" / "sample.py").read_text()
 
 
+@pytest.mark.slow
 def test_core_ml_packages_hold_the_weights(students, tmp_path):
     pytest.importorskip("coremltools")
     save_core_ml(students["bk_small"], tmp_path / "core_ml")
-    found = check_core_ml(students["bk_small"], tmp_path / "core_ml")
-    assert found["unet"] == len(list(students["bk_small"].unet.parameters())) and found["vae_decoder"] > 30
+    counts = check_core_ml(students["bk_small"], tmp_path / "core_ml")
+    assert counts["unet"] == len(list(students["bk_small"].unet.parameters())) and counts["vae_decoder"] > 30
     changed = build_student(load_pipeline_unet(students), "bk_small", copy=False)
     with pytest.raises(ValueError, match="lacks or changes"):
         check_core_ml(with_unet(students["bk_small"], changed), tmp_path / "core_ml")
@@ -184,7 +188,7 @@ def test_core_ml_packages_hold_the_weights(students, tmp_path):
         check_core_ml(with_unet(students["bk_small"], mixed_up), tmp_path / "core_ml")
     larger = copy.deepcopy(students["bk_small"].unet)
     larger.register_to_config(sample_size=16)
-    with pytest.raises(ValueError, match="takes and gives .*: expected .*16, 16"):
+    with pytest.raises(ValueError, match="has inputs and outputs .*: expected .*16, 16"):
         check_core_ml(with_unet(students["bk_small"], larger), tmp_path / "core_ml")
 
 
@@ -192,7 +196,7 @@ def load_pipeline_unet(students):
     return UNet2DConditionModel.from_config({**students["bk_base"].unet.config, "layers_per_block": 2})
 
 
-def test_an_export_leaves_the_pipeline_as_it_is(students):
+def test_exports_leave_the_pipeline_as_it_is(students):
     teacher = students["bk_base"]
     half = with_unet(teacher, copy.deepcopy(teacher.unet).to(torch.bfloat16))
     half.text_encoder, half.vae = (copy.deepcopy(p).to(torch.bfloat16) for p in (teacher.text_encoder, teacher.vae))
@@ -201,7 +205,7 @@ def test_an_export_leaves_the_pipeline_as_it_is(students):
     assert {part.dtype for part in (half.unet, half.text_encoder, half.vae)} == {torch.bfloat16}
 
 
-def test_sdxl_goes_to_a_diffusers_folder_and_nowhere_else(pipeline_xl_dir, tmp_path):
+def test_sdxl_is_exported_as_a_diffusers_folder_only(pipeline_xl_dir, tmp_path):
     large = load_pipeline(pipeline_xl_dir)
     for save in (save_onnx, save_core_ml, lambda *a: save_single_file(*a, "model")):
         with pytest.raises(ValueError, match="not for a StableDiffusionXLPipeline"):
@@ -216,12 +220,12 @@ def test_sdxl_goes_to_a_diffusers_folder_and_nowhere_else(pipeline_xl_dir, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["xl"]
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half(students, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_or_left_incomplete(students, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     (tmp_path / "new.part").mkdir()
     (tmp_path / "new.part" / "thesis.txt").write_text("precious too")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         save_diffusers(students["bk_tiny"], tmp_path / "mine", CARD)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     (tmp_path / "file").write_text("x")
@@ -249,17 +253,71 @@ def test_missing_packages_are_named(students, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_card_says_what_is_known_and_what_is_not():
-    text = model_card(CARD)
+def test_card_has_metadata_and_what_is_not_recorded():
+    text = model_card(CARD).content
     head = yaml.safe_load(text.split("---")[1])
     assert head["base_model"] == "a teacher" and head["library_name"] == "diffusers"
-    assert "| CLIP score | 0.81 ± 0.01 |" in text and "Protocol: storybook; pictures: not recorded" in text
-    assert "| optimizer steps | not recorded |" in text and "4,873,412" in model_card(
-        Card("x", "bk_small", "y", num_parameters=4873412)
-    )
+    assert "| CLIP score | 0.81 ± 0.01 |" in text and "Protocol: storybook; images: not recorded" in text
+    assert "| optimizer steps | not recorded |" in text
+    assert "4,873,412" in str(model_card(Card("x", "bk_small", "y", num_parameters=4873412)))
 
 
-def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
+def test_student_card_reads_the_result_of_notebook_03(students, tmp_path):
+    config = DemoAndExport.filled(licence="mit", device="cpu")
+    unknown = student_card(config, "bk_small", students["bk_small"], tmp_path / "unet_ema")
+    assert unknown.steps is None and unknown.base_model == "data/storybook/teacher" and unknown.num_parameters > 1000
+    trained = {"teacher": "t", "train_data_dir": None, "preset": "storybook", "num_images": 64}
+    result = {"notebook": "03_kd_training", "config": trained, "metrics": {"steps": 9, "after": {"clip_score": 0.8}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    card = student_card(config, "bk_small", students["bk_small"], tmp_path / "unet_ema")
+    assert (card.base_model, card.steps, card.scores, card.licence) == ("t", 9, {"clip_score": "0.800"}, "mit")
+    with_lora = student_card(config.but(lora="x"), "bk_small", students["bk_small"], tmp_path / "unet_ema")
+    assert with_lora.steps is None and "LoRA" in with_lora.title
+
+
+def test_formats_of_the_notebook_are_the_exporters():
+    (kind, _) = get_args(DemoAndExport.model_fields["formats"].annotation)
+    assert set(get_args(kind)) == set(EXPORTERS)
+
+
+def test_export_replaces_its_own_folders_and_skips_what_a_format_cannot_hold(students, tmp_path, capsys, monkeypatch):
+    first, second = (export(students["bk_tiny"], tmp_path, "diffusers", CARD) for _ in range(2))
+    assert first == second > 0.1 and "MB; loaded by" in capsys.readouterr().out
+    (tmp_path / "single_file").mkdir()
+    (tmp_path / "single_file" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        export(students["bk_tiny"], tmp_path, "single_file", CARD)
+
+    def refuse(*_):
+        raise NotExpressible("too large")
+
+    monkeypatch.setitem(EXPORTERS, "onnx", refuse)
+    assert export(students["bk_tiny"], tmp_path, "onnx", CARD) is None
+    assert "onnx is left out: too large" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_errors_of_other_processes_are_returned(students, tmp_path):
+    config = DemoAndExport.filled(num_inference_steps=4)
+    save_diffusers(students["bk_tiny"], tmp_path / "diffusers", CARD)
+    (tmp_path / "single_file").mkdir()
+    images = sample_elsewhere(tmp_path, ["diffusers", "single_file", "core_ml"], config, "bk_tiny")
+    assert images["diffusers"].size == (64, 64) and "Error" in images["single_file"] and "core_ml" not in images
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_saved_as_full(students, tmp_path, dtype):
+    own = own_copy(students["bk_tiny"], ("unet", "vae", "text_encoder")).to(dtype)
+    save_diffusers(own, tmp_path / "half", CARD)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "half")  # the line of the model card
+    for name in ("unet", "vae", "text_encoder"):
+        saved, loaded = getattr(own, name), getattr(again, name)
+        assert saved.dtype == dtype and loaded.dtype == torch.float32
+        assert all(torch.equal(t.float(), loaded.state_dict()[key].float()) for key, t in saved.state_dict().items())
+    assert again("a big red cat", num_inference_steps=4, output_type="np").images.shape == (1, 64, 64, 3)
+
+
+def test_nothing_is_uploaded_without_push_to_hub(tmp_path, capsys, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 20_000)
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Api", (), {
@@ -269,10 +327,10 @@ def test_nothing_is_uploaded_unasked(tmp_path, capsys, monkeypatch):
     })())  # fmt: skip
     upload(tmp_path, "me/student")
     assert not calls and "nothing was uploaded" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no repo_id"):
+    with pytest.raises(ValueError, match="repo_id is None"):
         upload(tmp_path, None, push_to_hub=True)
     upload(tmp_path, "me/student", push_to_hub=True)
     assert [call[0] for call in calls] == ["create", "upload"] and calls[0][2]["private"]
-    assert "model.safetensors  0.02 MB" in (told := capsys.readouterr().out) and "me/student is private" in told
+    assert "model.safetensors  0.02 MB" in (out := capsys.readouterr().out) and "me/student is private" in out
     upload(tmp_path, "me/known", push_to_hub=True)
-    assert "me/known is public: everybody sees" in capsys.readouterr().out
+    assert "me/known is public: everybody can see" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Latent consistency distillation: the solver's step, the consistency function, and that a student learns."""
+"""Latent consistency distillation: solver step, consistency function, intervals, and training (notebook 06)."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 from conftest import MemoryData
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 
-from bksdm_utils.config.training import TrainingConfig
+from bksdm_utils.config.training import Training
 from bksdm_utils.core.families import TextConditioning
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.deploy.consistency import ConsistencyDistillation, clean_latents
+from bksdm_utils.deploy.consistency import ConsistencyDistillation
 from bksdm_utils.evaluation.sampling import generate
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 from bksdm_utils.training.rng import BatchRng
@@ -28,8 +28,9 @@ def distillation(pipeline, prediction_type="epsilon", num_intervals=10, guidance
     ids = torch.randint(0, 30, (6, 20), generator=generator)
     data = MemoryData(torch.randn(SHAPE, generator=generator), torch.full(SHAPE, 0.1), ids, ids[:1])
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    condition = TextConditioning(pipeline)
-    return ConsistencyDistillation(pipeline.unet, condition, schedule, data, guidance_scale, num_intervals)
+    conditioning = TextConditioning(pipeline)
+    args = (pipeline.unet, conditioning, schedule, data.empty_ids, guidance_scale, num_intervals)
+    return ConsistencyDistillation(*args), data
 
 
 def noisy_example():
@@ -38,29 +39,29 @@ def noisy_example():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_solvers_step_is_ddim_with_guidance(pipeline, prediction_type):
-    ours = distillation(pipeline, prediction_type, guidance_scale=3.0)
-    (noisy, timesteps), ids = noisy_example(), ours.data.token_ids[:3]
-    told, empty = ours.condition(ids), ours.condition(ours.data.empty_ids.expand(3, -1))
+def test_solver_step_is_guided_ddim(pipeline, prediction_type):
+    ours, data = distillation(pipeline, prediction_type, guidance_scale=3.0)
+    noisy, timesteps = noisy_example()
+    prompt, empty = ours.conditioning(data.token_ids[:3]), ours.conditioning(data.empty_ids.expand(3, -1))
     ddim = DDIMScheduler.from_config(
         pipeline.scheduler.config, prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing",
         set_alpha_to_one=False,
     )  # fmt: skip
     ddim.set_timesteps(10)
     with torch.no_grad():
-        solved = ours.solve(noisy, timesteps, timesteps - 100, told)
-        free, conditional = (pipeline.unet(noisy, timesteps, **c).sample for c in (empty, told))
-        guided = free + 3.0 * (conditional - free)
+        solved = ours.solve(noisy, timesteps, timesteps - 100, prompt)
+        unguided, conditional = (pipeline.unet(noisy, timesteps, **c).sample for c in (empty, prompt))
+        guided = unguided + 3.0 * (conditional - unguided)
         for i, t in enumerate(timesteps[:2]):
             expected = ddim.step(guided[i : i + 1], int(t), noisy[i : i + 1]).prev_sample
             assert torch.allclose(solved[i : i + 1], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_consistency_function_is_what_lcm_sampling_uses(pipeline, prediction_type):
-    ours = distillation(pipeline, prediction_type)
+def test_consistency_function_is_that_of_lcm_sampling(pipeline, prediction_type):
+    ours, data = distillation(pipeline, prediction_type)
     noisy, timesteps = noisy_example()
-    condition = ours.condition(ours.data.token_ids[:3])
+    condition = ours.conditioning(data.token_ids[:3])
     lcm = LCMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type,
                                    original_inference_steps=10)  # fmt: skip
     lcm.set_timesteps(10)
@@ -71,23 +72,17 @@ def test_the_consistency_function_is_what_lcm_sampling_uses(pipeline, prediction
             lcm._step_index = None
             assert torch.allclose(answer[i], lcm.step(prediction[i], t, noisy[i]).denoised, atol=1e-4)
         at_the_end = ours.answer(pipeline.unet, noisy, torch.zeros(3, dtype=torch.long), condition)
-    assert torch.equal(at_the_end, noisy)  # the picture itself is its own answer
+    assert torch.equal(at_the_end, noisy)  # without noise the answer is the input
 
 
-def test_clean_latents_undo_the_noise(pipeline):
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    latents, timesteps = noisy_example()
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    assert torch.allclose(clean_latents(schedule, noise, noisy, timesteps), latents, atol=1e-3)
-
-
-def test_a_student_learns_to_agree_with_itself_and_draws_in_two_steps(pipeline, tmp_path):
+@pytest.mark.slow
+def test_student_learns_and_samples_in_two_steps(pipeline, tmp_path):
     student = build_student(pipeline.unet, "bk_tiny")
-    ours = distillation(pipeline, guidance_scale=2.0)
+    ours, data = distillation(pipeline, guidance_scale=2.0)
     before = {name: p.clone() for name, p in pipeline.unet.named_parameters()}
-    trainer = Trainer(student, TrainingConfig(30, 6, learning_rate=3e-3, seed=0, ema_decay=0.9), tmp_path)
-    losses = [step.floats()["loss"] for step in trainer.steps(ours.losses, 6)]
+    config = Training(max_train_steps=30, batch_size=6, learning_rate=3e-3, ema_decay=0.9)
+    trainer = Trainer(student, config, tmp_path)
+    losses = [step.floats()["loss"] for step in trainer.steps(ours.losses, ours.batches(data))]
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
     assert all(torch.equal(p, before[name]) for name, p in pipeline.unet.named_parameters())
     own = with_unet(pipeline, student)
@@ -97,11 +92,15 @@ def test_a_student_learns_to_agree_with_itself_and_draws_in_two_steps(pipeline, 
     assert not np.array_equal(*first)  # each from its own noise
 
 
-def test_every_example_of_a_batch_has_its_own_interval(pipeline):
-    ours = distillation(pipeline, num_intervals=1)
+def test_timesteps_end_intervals_and_the_target_is_one_interval_nearer(pipeline):
+    rng, expected = BatchRng(0, 0, range(4), 4, 6), set(range(99, 1000, 100))
+    ours, data = distillation(pipeline)
+    batches = [ours.batches(data)(BatchRng(0, step, range(4), 4, 6)) for step in range(20)]
+    assert {t for batch in batches for t in batch.timesteps.tolist()} == expected
+    ours, data = distillation(pipeline, num_intervals=1)
     seen = []
     ours.answer = lambda student, noisy, timesteps, condition: seen.append(timesteps.tolist()) or noisy
-    ours.losses(pipeline.unet, BatchRng(0, 0, range(4), 4, 6))
-    assert seen == [[0] * 4, [999] * 4]  # a single interval reaches from noise to picture
-    with pytest.raises(ValueError, match="num_intervals"):
-        distillation(pipeline, num_intervals=0)
+    ours.losses(pipeline.unet, ours.batches(data)(rng))
+    assert seen == [[0] * 4, [999] * 4]  # a single interval reaches from noise to image
+    with pytest.raises(ValueError, match="lcm_intervals is 1001: expected at most 1000"):
+        distillation(pipeline, num_intervals=1001)
