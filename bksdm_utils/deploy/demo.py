@@ -23,29 +23,15 @@ from ..data.rendering import render
 from ..data.scenes import sample_scene
 from ..files import ROOT
 from ..models.pipelines import Pipeline, load_pipeline, load_unet, sampling_dtype, with_unet
-from .playground import (
-    MAX_GUIDANCE,
-    Request,
-    check,
-    cost,
-    cut_off,
-    evaluations,
-    generate_request,
-    open_upload,
-    own_size,
-)
+from .playground import Request, check, cost, cut_off, evaluations, generate_request, open_upload, own_size
 
 STUDENT = "outputs/03_kd_training/storybook-bk_small/unet_ema"
 DEFAULTS = Demo()
 CSS = """
 .images img { image-rendering: pixelated; }
-.images .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
-.images .grid-wrap { overflow: visible !important; }
+.images .grid-wrap { height: auto !important; max-height: none !important; overflow: visible !important; }
 .status { min-height: 3.5em; }
-.status progress { width: 100%; height: 0.6em; appearance: none; }
-.status progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 1em; }
-.status progress::-webkit-progress-value { background: var(--color-accent); border-radius: 1em; }
-.status progress::-moz-progress-bar { background: var(--color-accent); }
+.status progress { width: 100%; accent-color: var(--color-accent); }
 footer { display: none !important; }
 """
 
@@ -117,9 +103,8 @@ def app(models: Mapping[str, Pipeline], config: Demo = DEFAULTS):
 
 def _controls(gradio, pipeline: Pipeline, limits: Demo, from_image: bool) -> dict:
     """The controls of one tab by the fields of `Request`, whose errors name the value, as Gradio's do not."""
-    scene, side = sample_scene(3), own_size(pipeline)
-    storybook = STORYBOOK.common
-    guidance = storybook["guidance_scale"] if side == storybook["resolution"] else 7.5
+    scene, side, preset = sample_scene(3), own_size(pipeline), STORYBOOK.common
+    guidance = preset["guidance_scale"] if side == preset["resolution"] else 7.5
     controls = {
         # The scene's image is the default to start from; the prompt changes the first object's colour.
         "prompt": gradio.Textbox(scene.alternatives("colour")[0].caption, label="Prompt", lines=2, max_lines=4),
@@ -132,7 +117,7 @@ def _controls(gradio, pipeline: Pipeline, limits: Demo, from_image: bool) -> dic
         controls["strength"] = gradio.Slider(0, 1, 0.6, step=0.05, label="Strength: how much is replaced")
     with gradio.Row():
         controls["steps"] = gradio.Slider(4, limits.max_steps, min(25, limits.max_steps), step=1, label="Steps")
-        controls["guidance"] = gradio.Slider(0, MAX_GUIDANCE, guidance, step=0.5, label="Guidance")
+        controls["guidance"] = gradio.Slider(0, 30, guidance, step=0.5, label="Guidance")
     with gradio.Row():
         for name, value, low, high, step in (("seed", 0, 0, 2**63 - 1, 1), ("images", 1, 1, limits.max_images, 1),
                                              ("size", side, 8, limits.max_size, 8)):  # fmt: skip
@@ -221,12 +206,10 @@ def _save(images: Sequence[Image.Image], cache: Path) -> list[str]:
 
     Gradio itself names files by content, and rewrites them while another visitor fetches the same.
     """
-    folder = cache / uuid.uuid4().hex
-    folder.mkdir(parents=True)
-    paths = [str(folder / f"{i}.png") for i in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        image.save(path)
-    return paths
+    (folder := cache / uuid.uuid4().hex).mkdir(parents=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{i}.png")
+    return [str(folder / f"{i}.png") for i in range(len(images))]
 
 
 def _request(values: Mapping[str, object], limits: Demo) -> Request:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
@@ -28,8 +27,13 @@ A Stable Diffusion whose U-Net had blocks removed and was retrained by knowledge
 
 | | |
 |---|---|
-{% for name, value in facts.items() %}| {{ name }} | {{ value }} |
-{% endfor %}
+| removal plan | {{ plan }} |
+| U-Net parameters | {{ num_parameters }} |
+| teacher | {{ base_model }} |
+| training data | {{ data }} |
+| optimizer steps | {{ steps }} |
+| licence | {{ licence }} |
+
 ```python
 from diffusers import StableDiffusionPipeline
 
@@ -81,14 +85,11 @@ def model_card(card: Card) -> ModelCard:
     texts = {name: "not recorded" if value is None else f"{value:,}" if isinstance(value, int) else value
              for name, value in vars(card).items()}  # fmt: skip
     texts["scores"] = card.scores or {"not recorded": ""}
-    facts = {"removal plan": "plan", "U-Net parameters": "num_parameters", "teacher": "base_model",
-             "training data": "data", "optimizer steps": "steps", "licence": "licence"}  # fmt: skip
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", base_model=card.base_model,
         license=card.licence or "other", tags=["stable-diffusion", "bk-sdm", "knowledge-distillation"],
     )  # fmt: skip
-    facts = {name: texts[key] for name, key in facts.items()}
-    return ModelCard.from_template(data, template_str=TEMPLATE, facts=facts, **texts)
+    return ModelCard.from_template(data, template_str=TEMPLATE, **texts)
 
 
 def student_card(config: DemoAndExport, plan: str, student: Pipeline, path: str | Path) -> Card:
@@ -120,7 +121,8 @@ def save_diffusers(pipeline: Pipeline, folder: str | Path, card: Card) -> str:
         pipeline.save_pretrained(part)
         for file in part.glob("*/*.safetensors"):
             text = file.parent.name.startswith("text_encoder")
-            tensors = {prefixed(name) if text else name: _full(tensor) for name, tensor in load_file(file).items()}
+            tensors = {prefixed(name) if text else name: tensor.float() if tensor.is_floating_point() else tensor
+                       for name, tensor in load_file(file).items()}  # fmt: skip
             save_file(tensors, file, metadata={"format": "pt"})
         for config in part.glob("text_encoder*/config.json"):
             content = json.loads(config.read_text(encoding="utf-8"))
@@ -130,7 +132,3 @@ def save_diffusers(pipeline: Pipeline, folder: str | Path, card: Card) -> str:
                 save_tokenizer(tokenizer, part / name)
         model_card(card).save(part / "README.md")
     return "loaded by StableDiffusionPipeline.from_pretrained"
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

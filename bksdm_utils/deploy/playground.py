@@ -21,12 +21,10 @@ from ..config.training import Side
 from ..costs.counting import count
 from ..data.images import to_pixels
 from ..evaluation.sampling import image_seed
-from ..models.lora import load_lora
-from ..models.pipelines import Pipeline, for_one_thread, load_unet, with_unet
+from ..models.pipelines import Pipeline, for_one_thread
 from ..models.schedulers import with_scheduler
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's others include PostScript, which is a program
-MAX_GUIDANCE = 30
 
 
 class Request(Config):
@@ -38,7 +36,7 @@ class Request(Config):
     negative_prompt: str = parameter("", "what they should not show")
     seed: Seed = parameter(0, "of the noise")
     steps: Annotated[int, Field(ge=4)] = parameter(25, "denoising steps; PNDM needs 4")
-    guidance: Annotated[float, Field(ge=0, le=MAX_GUIDANCE)] = parameter(7.5, "strength of classifier-free guidance")
+    guidance: Annotated[float, Field(ge=0, le=30)] = parameter(7.5, "strength of classifier-free guidance")
     images: Positive = parameter(1, "how many")
     size: Side | None = parameter(None, "pixels a side; None is what the U-Net was trained for")
     image: Image.Image | None = parameter(None, "image to start from; None starts from noise")
@@ -171,12 +169,6 @@ def cut_off(pipeline: Pipeline, text: str) -> str:
 def cost(pipeline: Pipeline, request: Request, seconds: float) -> str:
     """Seconds and multiply-accumulates of a request in a few words."""
     return f"{seconds:.1f} s, {macs(pipeline, request) / 1e9:,.3g} G MACs"
-
-
-def load_student(pipeline: Pipeline, path: str | Path, lora: str | Path | None = None) -> Pipeline:
-    """The pipeline with a student's U-Net, and with a LoRA merged."""
-    student = with_unet(pipeline, load_unet(path, pipeline))
-    return load_lora(student, lora) if lora else student
 
 
 def side_by_side(models: Mapping[str, Pipeline], request: Request) -> dict[str, list[Image.Image]]:
