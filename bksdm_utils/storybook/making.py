@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -218,11 +220,39 @@ def export(output_dir: Path, destination: Path) -> None:
 
 
 @torch.no_grad()
+def _reconstruction(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+
+
 def reconstruction_psnr(vae: AutoencoderKL, num_images: int = 256) -> float:
     """Mean PSNR in dB over held-out images encoded and decoded by the VAE."""
     images = to_unit(rendered_images(range(num_images), "test")).to(vae.device)
-    decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-    return (10 * torch.log10(4 / (decoded - images).square().mean((1, 2, 3)))).mean().item()
+    errors = (_reconstruction(vae, images) - images).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / errors)).mean().item()
+
+
+def autoencode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images encoded and decoded by the VAE."""
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+    decoded = _reconstruction(vae, to_unit(pixels).to(vae.device))
+    return VaeImageProcessor().postprocess(decoded)
+
+
+@torch.no_grad()
+def denoising(pipeline: StableDiffusionPipeline, captions: Sequence[str], config: StorybookWorld):
+    """Timesteps, and for each caption the decoded latents at them: at every fourth step and at the last."""
+    states = []
+
+    def keep(_pipeline, step: int, timestep: int, kwargs: dict) -> dict:
+        if step % 4 == 0 or step == config.num_inference_steps:
+            states.append((int(timestep), kwargs["latents"] / pipeline.vae.config.scaling_factor))
+        return kwargs
+
+    generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(captions))]
+    pipeline(list(captions), generator=generators, num_inference_steps=config.num_inference_steps,
+             guidance_scale=config.guidance_scale, callback_on_step_end=keep)  # fmt: skip
+    columns = [pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample) for _, latents in states]
+    return [timestep for timestep, _ in states], list(zip(*columns, strict=True))
 
 
 def score(folder: Path, num_images: int = 256, device: str = "cpu") -> None:
