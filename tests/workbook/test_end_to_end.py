@@ -1,4 +1,4 @@
-"""Notebooks 01 to 06 on a person's own teacher, plan and pictures, as papermill runs them."""
+"""Notebooks 01 to 06 on an own teacher, plan and images, as papermill runs them."""
 
 import json
 
@@ -9,16 +9,21 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from bksdm_utils.core.plans import RemovalPlan, Stage, find_plan
+from bksdm_utils.config.plan_files import read_plan
+from bksdm_utils.config.dreambooth import DreamBoothTraining
+from bksdm_utils.core.plans import RemovalPlan, Stage
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.dreambooth.model import DreamBoothModel
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 from bksdm_utils.workbook.parameters import find_notebook
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
-def pictures(tmp_path):
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+def images(tmp_path):
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
     folder.mkdir()
     rows = ["file_name,text"]
     for i, (size, mode) in enumerate([((600, 300), "RGB"), ((37, 90), "L"), ((64, 64), "P"), ((100, 80), "RGBA")]):
@@ -49,9 +54,9 @@ def run_notebook(number, folder, **parameters):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_own_teacher_and_pictures_end_in_a_plain_student_twice_the_same(tmp_path, pipeline_dir, pictures):
+def test_own_teacher_and_pictures_end_in_a_plain_student_twice_the_same(tmp_path, pipeline_dir, images):
     parameters = {
-        "preset": "sd-v1.4", "variant": "bk_tiny", "teacher": str(pipeline_dir), "train_data_dir": str(pictures),
+        "preset": "sd-v1.4", "variant": "bk_tiny", "teacher": str(pipeline_dir), "train_data_dir": str(images),
         "resolution": 64, "batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 3, "num_images": 2,
         "num_inference_steps": 4, "ablation_steps": 1,
     }  # fmt: skip
@@ -65,12 +70,12 @@ def test_own_teacher_and_pictures_end_in_a_plain_student_twice_the_same(tmp_path
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_an_own_plan_of_an_own_sdxl_is_healed_by_self_attention(tmp_path, pipeline_xl_dir, pictures):
+def test_an_own_plan_of_an_own_sdxl_is_healed_by_self_attention(tmp_path, pipeline_xl_dir, images):
     plan = RemovalPlan("mine", (Stage((0, 1), (0, 1, 2)), Stage((0,), (0, 2), 1), Stage((0,), (0, 2), 3)), mid=False)
     (tmp_path / "mine.json").write_text(plan.to_json())
     own = {"preset": "sdxl-base", "variant": str(tmp_path / "mine.json"), "teacher": str(pipeline_xl_dir)}
     result = run_notebook(
-        "03", tmp_path / "run", **own, kd="self_attention", train_data_dir=str(pictures), resolution=64, batch_size=2,
+        "03", tmp_path / "run", **own, kd="self_attention", train_data_dir=str(images), resolution=64, batch_size=2,
         gradient_accumulation_steps=1, max_train_steps=2, num_images=2, num_inference_steps=4, ablation_steps=0,
     )  # fmt: skip
     assert result["variant"] == "mine"
@@ -88,7 +93,7 @@ def test_an_own_teacher_is_scanned(tmp_path, pipeline_dir):
     scan = result["metrics"]["scan"]
     assert len(scan["one unit"]) == 15 and len(scan["greedily several"]) == 2
     assert all(m["distance"] >= 0 and 0 < m["parameters"] <= 1 for group in scan.values() for m in group.values())
-    assert find_plan(str(tmp_path / "scan" / "greedy_2.json")).name == "greedy_2"
+    assert read_plan((tmp_path / "scan" / "greedy_2.json").read_text()).name == "greedy_2"
 
 
 @pytest.mark.parametrize("number", ["01", "02"])
@@ -99,16 +104,16 @@ def test_without_weights_architecture_and_map_still_run(number, tmp_path):
     assert "Skipped" in text
 
 
-def test_an_own_student_is_evaluated_on_own_captions_and_pictures(tmp_path, pipeline_dir, pictures):
+def test_an_own_student_is_evaluated_on_own_captions_and_pictures(tmp_path, pipeline_dir, images):
     teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
     build_student(teacher, "bk_tiny").save_pretrained(tmp_path / "student")
     rows = [f"{i},a picture of number {i}" for i in range(22)]
     (tmp_path / "captions.csv").write_text("\n".join(["id,text", *rows]))
     result = run_notebook(
         "04", tmp_path / "scored", preset="sd-v1.4", teacher=str(pipeline_dir), variant="bk_tiny", guidances="2",
-        students=str(tmp_path / "student"), prompts=str(tmp_path / "captions.csv"), real=str(pictures),
+        students=str(tmp_path / "student"), prompts=str(tmp_path / "captions.csv"), real=str(images),
         protocol="storybook", num_inference_steps=4, scheduler="euler", untrained=True, num_guidance_images=20,
-        images_dir=str(tmp_path / "pictures"), image_format="jpeg",
+        images_dir=str(tmp_path / "images"), image_format="jpeg",
     )  # fmt: skip
     metrics = result["metrics"]
     (name,) = metrics["students"]  # a student that was named is called by its folder, not by the variant
@@ -117,7 +122,7 @@ def test_an_own_student_is_evaluated_on_own_captions_and_pictures(tmp_path, pipe
     assert {about["scored"] for about in metrics["images"].values()} == {22}
     assert "key" in (tmp_path / "scored" / "scores.csv").read_text().splitlines()[0].split(",")
     assert set(metrics["scores"][name]) == {"fid", "kid", "inception_score", "clip_score", "distance to teacher"}
-    assert len(list((tmp_path / "pictures").glob("*/images/*.jpg"))) == 4 * 22 + 20
+    assert len(list((tmp_path / "images").glob("*/images/*.jpg"))) == 4 * 22 + 20
     assert metrics["scores"][name]["fid"] == metrics["scores"]["copied"]["fid"]  # one and the same network
     assert (tmp_path / "scored" / "failures.png").exists()
 
@@ -128,11 +133,11 @@ def test_without_weights_or_captions_the_evaluation_says_what_is_missing(tmp_pat
     assert "download coco_captions" in (tmp_path / "offline" / "04.ipynb").read_text()
 
 
-def test_an_own_model_learns_an_own_subject(tmp_path, pipeline_dir, pictures):
-    (pictures / "metadata.csv").unlink()
+def test_an_own_model_learns_an_own_subject(tmp_path, pipeline_dir, images):
+    (images / "metadata.csv").unlink()
     teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
     build_student(teacher, "bk_base").save_pretrained(tmp_path / "student")
-    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_base", "subject": str(pictures),
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_base", "subject": str(images),
            "student": str(tmp_path / "student"), "class_word": "fish", "identifier": "x", "num_class_images": 2,
            "max_train_steps": 3, "num_images": 1, "num_inference_steps": 4, "drift_steps": 0,
            "lora_targets": "to_q, to_v", "clip": "data/storybook/clip",
@@ -164,13 +169,13 @@ def test_without_weights_or_subject_dreambooth_says_what_is_missing(tmp_path):
     assert "download dreambooth" in (tmp_path / "offline" / "05.ipynb").read_text()
 
 
-def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pictures):
+def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, images):
     teacher = UNet2DConditionModel.from_pretrained(pipeline_dir, subfolder="unet")
     build_student(teacher, "bk_tiny").save_pretrained(tmp_path / "student")
     own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "variant": "bk_tiny", "prompt": "a fish",
-           "student": str(tmp_path / "student"), "train_data_dir": str(pictures), "resolution": 64, "batch_size": 2,
+           "student": str(tmp_path / "student"), "train_data_dir": str(images), "resolution": 64, "batch_size": 2,
            "num_inference_steps": 4, "lcm_steps": 2, "few_steps": "1,4", "num_images": 2,
-           "image": str(pictures / "1.png"), "clip": "data/storybook/clip",
+           "image": str(images / "1.png"), "clip": "data/storybook/clip",
            "formats": "diffusers,single_file"}  # fmt: skip
     metrics = run_notebook("06", tmp_path / "played", **own)["metrics"]
     assert load_pipeline(tmp_path / "played" / "few_step").scheduler.config._class_name == "LCMScheduler"
@@ -197,11 +202,12 @@ def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, pict
 
 def a_lora(folder, pipeline_dir, student):
     pipeline = load_pipeline(pipeline_dir)
-    personal = DreamBoothModel(with_unet(pipeline, UNet2DConditionModel.from_pretrained(student)), "lora", False)
-    for parameter in personal.parameters():
+    config = DreamBoothTraining.filled(methods="lora", train_text_encoder=False, lora_targets="to_q,to_v")
+    model = DreamBoothModel(with_unet(pipeline, UNet2DConditionModel.from_pretrained(student)), config)
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    personal.save(pipeline, folder)
+    model.save(pipeline, folder)
     return str(folder)
 
 
