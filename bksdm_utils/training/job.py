@@ -160,8 +160,8 @@ def prepare(config: KDTraining, folder: Path, device: str, validate: Validation)
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # taps may come after the first pass
             unet.compile()
     return KDJob(
-        config, plan, folder, pipe, student, load_data(config, pipe, config.seed), TextConditioning(pipe, config.resolution),
-        DDPMScheduler.from_config(pipe.scheduler.config), tap_pairs(plan, pipe.unet.config, config.kd), validate,
+        config, plan, folder, pipe, student, load_data(config, pipe, config.seed),
+        TextConditioning(pipe, config.resolution), DDPMScheduler.from_config(pipe.scheduler.config), tap_pairs(plan, pipe.unet.config, config.kd), validate,
     )  # fmt: skip
 
 

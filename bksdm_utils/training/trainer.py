@@ -1,7 +1,7 @@
 """The one trainer, on accelerate: everything that is trained here is trained through `Trainer`.
 
-Every random choice is a function of (seed, optimizer step, position in the global batch), see `BatchRng`. So a run that was
-killed and resumed, or that is spread over two processes, gets the same examples with the same noise.
+Every random choice is a function of (seed, optimizer step, position in the global batch), see `BatchRng`. So a run
+that was killed and resumed, or that is spread over two processes, gets the same examples with the same noise.
 """
 
 from __future__ import annotations
@@ -155,10 +155,11 @@ class Trainer:
         self.ema.step([p.to(device) for p in self.parameters] if device else self.parameters)
 
     def _abort(self, norm: float) -> None:
-        newest = f"the last checkpoint is {self.checkpoints.newest}" if self.checkpoints.all else "there is no checkpoint"
+        newest = self.checkpoints.newest
+        last = f"the last checkpoint is {newest}" if newest else "there is no checkpoint"
         raise FloatingPointError(
             f"{self.consecutive_skips} consecutive steps up to step {self.step} had no finite gradient (norm {norm}): "
-            f"the model is as before them, {newest}. Lower the learning rate, or use bf16 or no mixed precision."
+            f"the model is as before them, {last}. Lower the learning rate, or use bf16 or no mixed precision."
         )
 
     def _stop(self, signum: int) -> None:

@@ -42,7 +42,8 @@ class FeatureProbe:
 
     def __init__(self, job: KDJob, seed: int, num_images: int = 4):
         self.job, device = job, job.pipe.device
-        self.latents, ids = job.data.batch(BatchRng(seed, 0, range(num_images), num_images, job.data.num_examples), device)
+        rng = BatchRng(seed, 0, range(num_images), num_images, job.data.num_examples)
+        self.latents, ids = job.data.batch(rng, device)
         self.kwargs = job.conditioning(ids)
         self.noise = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
         self.teacher_taps, self.student_taps = ([pair[side] for pair in job.pairs] for side in (0, 1))
@@ -51,8 +52,8 @@ class FeatureProbe:
     @property
     def titles(self) -> list[str]:
         """Short names of the taps that `maps` has."""
-        short = [n.replace(".transformer_blocks", "\nblock").replace(".attentions", "\nattn") for n in self.student_taps]
-        return short[self.columns]
+        names = self.student_taps[self.columns]
+        return [n.replace(".transformer_blocks", "\nblock").replace(".attentions", "\nattn") for n in names]
 
     def features(self, unet, taps: Sequence[str], timestep: int) -> list[torch.Tensor]:
         """Activations (B, C, H, W), of self-attention (B, HW, C), of the named modules."""

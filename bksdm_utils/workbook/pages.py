@@ -15,6 +15,7 @@ from ..files import ROOT
 FORMULA = re.compile(
     r"```.*?```|`[^`\n]*`|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<inline>[^$\n]+?)(?<!\s)\$(?!\d)", re.DOTALL
 )
+MONOSPACE = ".jp-RenderedMarkdown pre { font-family: monospace; }"  # which the template leaves proportional
 QUESTION = re.compile(r"\*\*(.+?\?)\*\*")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>BK-SDM workbook: executed notebooks</title><style>
@@ -54,6 +55,7 @@ def write_page(notebook: Path) -> Path:
     body, _ = HTMLExporter().from_notebook_node(content, {"metadata": {"name": notebook.stem}})
     page = notebook.with_suffix(".html")
     # The template's scripts are fetched, and not needed: formulas are MathML, widgets have a static figure beside them.
+    body = body.replace("</head>", f"<style>{MONOSPACE}</style></head>", 1)
     page.write_text(re.sub(r"<script\b.*?</script>", "", body, flags=re.DOTALL), encoding="utf-8")
     return page
 
@@ -76,5 +78,6 @@ def _entry(page: Path, outputs: Path) -> str:
     link = html.escape(os.path.relpath(page, outputs))
     image = f'<img src="{html.escape(os.path.relpath(images[-1], outputs))}" alt="">' if images else ""
     title = html.escape(first.splitlines()[0].removeprefix("# "))
-    return (f'<article><div><h2><a href="{link}">{title}</a></h2><p>{html.escape(question[1]) if question else ""}</p>'
-            f'<p>{html.escape(figure)}</p><p class="run">{html.escape(page.parent.name)}</p></div>{image}</article>')  # fmt: skip
+    parts = [f'<h2><a href="{link}">{title}</a></h2>', f"<p>{html.escape(question[1]) if question else ''}</p>",
+             f"<p>{html.escape(figure)}</p>", f'<p class="run">{html.escape(page.parent.name)}</p>']  # fmt: skip
+    return f"<article><div>{''.join(parts)}</div>{image}</article>"
