@@ -1,5 +1,6 @@
 """Whole distillation runs: with and without a notebook, in several processes, killed, in half precision."""
 
+import json
 import os
 import subprocess
 import sys
@@ -208,31 +209,28 @@ def test_the_reason_of_a_failure_is_reported(narrow, tmp_path):
 
 
 KILLS = """
-import os, random, signal, sys, time
-sys.path[:0] = [sys.argv[1], str(__import__("pathlib").Path(sys.argv[1]).parent)]
+import json, os, random, signal, sys, time
 from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
 from test_job import read_log, scores, train, write_config
-folder, parameters, rng = Path(sys.argv[2]), eval(sys.argv[3]), random.Random(0)
+folder, parameters, rng = Path(sys.argv[3]), json.loads(sys.argv[4]), random.Random(0)
 
 
 def start():
-    pid = os.fork()  # what is imported need not be imported twenty times
+    pid = os.fork()  # the libraries are imported once
     if not pid:
         train(write_config(folder, **parameters), folder, "cpu", scores)
         os._exit(0)
     return pid
 
 
-def steps():
-    return len(read_log(folder / "log.csv"))
-
-
 for kill in range(20):  # the first ones while loading and encoding, the others while training
-    pid, before = start(), steps()
-    ends = time.monotonic() + (rng.uniform(0.2, 3) if kill < 3 else 120)
-    while time.monotonic() < ends and steps() < before + 1 and os.waitpid(pid, os.WNOHANG) == (0, 0):
+    pid, before, rows = start(), len(read_log(folder / "log.csv")), []
+    ends = time.monotonic() + (rng.uniform(0, 1) if kill < 3 else 120)
+    while time.monotonic() < ends and len(rows) <= before:
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.2))
+        rows = read_log(folder / "log.csv")
+    time.sleep(2 * rng.random() * rows[-1]["seconds"] if rows else 0)
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before its kill"
 assert os.waitpid(start(), 0)[1] == 0
@@ -240,22 +238,22 @@ assert os.waitpid(start(), 0)[1] == 0
 
 
 @pytest.mark.slow
-def test_a_storybook_run_killed_twenty_times_ends_bit_for_bit_as_an_unbroken_one(tmp_path):
+def test_a_run_killed_twenty_times_ends_bit_for_bit_as_an_unbroken_one(narrow, tmp_path):
     """SIGKILL while loading, encoding the cache, training, validating and writing checkpoints."""
-    parameters = {"max_train_steps": 60, "batch_size": 2, "validation_steps": 5, "checkpoint_steps": 1,
-                  "num_train_scenes": 64, "resume": True}  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(write_config(whole, **parameters, cache_dir=str(whole / "cache")), whole, "cpu", scores)
-    given = {**parameters, "cache_dir": str(killed / "cache")}
-    command = [sys.executable, "-c", KILLS, str(Path(__file__).parent), str(killed), repr(given)]
+    narrow |= {"max_train_steps": 120, "validation_steps": 5, "checkpoint_steps": 1, "resume": True}
+    train(write_config(whole, **narrow), whole, "cpu", scores)
+    given = {**narrow, "cache_dir": str(killed / "cache")}
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", KILLS, str(tests), str(tests.parent), str(killed), json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for part in ("unet", "unet_ema"):
         one, other = newest(whole, part), newest(killed, part)
         assert all(torch.equal(one[name], other[name]) for name in one)
-    for name in LOGS:
-        assert without_clock(read_log(killed / name)) == without_clock(read_log(whole / name))
-        assert len(read_log(killed / name)) == {"log.csv": 60, "validation.csv": 13}[name]
+    for name, count in zip(LOGS, (120, 25), strict=True):
+        rows = without_clock(read_log(killed / name))
+        assert rows == without_clock(read_log(whole / name)) and len(rows) == count
 
 
 @pytest.mark.slow
