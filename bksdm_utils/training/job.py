@@ -161,7 +161,8 @@ def prepare(config: KDTraining, folder: Path, device: str, validate: Validation)
             unet.compile()
     return KDJob(
         config, plan, folder, pipe, student, load_data(config, pipe, config.seed),
-        TextConditioning(pipe, config.resolution), DDPMScheduler.from_config(pipe.scheduler.config), tap_pairs(plan, pipe.unet.config, config.kd), validate,
+        TextConditioning(pipe, config.resolution), DDPMScheduler.from_config(pipe.scheduler.config),
+        tap_pairs(plan, pipe.unet.config, config.kd), validate,
     )  # fmt: skip
 
 

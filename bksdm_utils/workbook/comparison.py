@@ -145,9 +145,12 @@ class Comparison:
 
     def write_csv(self, path: Path, table: Table, evaluations: Mapping[str, Evaluation]) -> None:
         """Every score with its error, protocol, number of images and the hash of what it was computed on."""
-        rows = [{"model": name, "score": score, "value": s.value, "error": s.error,
-                 "protocol": evaluations[name].protocol, "images": evaluations[name].num_images, "key": evaluations[name].key}
-                for name, row in table.items() for score, s in row.items()]  # fmt: skip
+        rows = []
+        for name, row in table.items():
+            found = evaluations[name]
+            source = {"protocol": found.protocol, "images": found.num_images, "key": found.key}
+            rows += [{"model": name, "score": score, "value": s.value, "error": s.error, **source}
+                     for score, s in row.items()]  # fmt: skip
         pd.DataFrame(rows).to_csv(path, index=False)
 
     def metrics(self, table: Table, evaluations: Mapping, by_number: Mapping, by_guidance: Mapping) -> dict:
