@@ -5,7 +5,7 @@
 
 Every measurement is a process of its own; plain and ours take turns, and the ratio of their medians is what counts,
 for machines differ and are seldom idle. The plain loop does what BK-SDM's kd_train.sh of 2023 asks for: autoencoder and
-text encoder in the loop, pictures opened and cropped in the main process, gradient checkpointing, four losses read by
+text encoder in the loop, images opened and cropped in the main process, gradient checkpointing, four losses read by
 the host in every step, EMA tensor by tensor, default memory format. It is written from those facts, not copied.
 """
 
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from bksdm_utils.config.presets import Preset, find_preset
+from bksdm_utils.config.presets import find_preset
+from bksdm_utils.config.training import KDTraining
 from bksdm_utils.core.losses import training_target
 from bksdm_utils.core.plans import student_config
 from bksdm_utils.core.surgery import build_student, random_unet
@@ -35,21 +36,20 @@ from bksdm_utils.data.images import to_pixels
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import SIZE, sample_scene
 from bksdm_utils.files import ROOT, write_json
-from bksdm_utils.models.configs import model_config, teacher_config
+from bksdm_utils.models.configs import teacher_config
 from bksdm_utils.models.pipelines import load_pipeline
 from bksdm_utils.training.job import DTYPES, precision, prepare
-from bksdm_utils.training.trainer import memory
+from bksdm_utils.training.step import memory
 from bksdm_utils.workbook.headless import print_table
-from bksdm_utils.workbook.parameters import find_notebook
-from bksdm_utils.workbook.run import configure, provenance
+from bksdm_utils.workbook.run import provenance
 
 WARM_UP = 3  # optimizer steps that are not counted
 FOLDER = ROOT / "outputs" / "benchmark"
 
 
-def pictures(resolution: int, count: int) -> Path:
+def image_folder(resolution: int, count: int) -> Path:
     """An image-text folder of storybook scenes at about the size that training asks for."""
-    folder = FOLDER / f"pictures-{resolution}-{count}"
+    folder = FOLDER / f"images-{resolution}-{count}"
     if not (folder / "metadata.csv").exists():
         folder.mkdir(parents=True, exist_ok=True)
         rows = ["file_name,text"]
@@ -62,26 +62,26 @@ def pictures(resolution: int, count: int) -> Path:
     return folder
 
 
-def random_teacher(preset, folder: Path) -> Path:
-    """A whole Stable Diffusion of the preset's size with random weights, and the storybook's small tokenizer."""
+def random_teacher(config: KDTraining, folder: Path) -> Path:
+    """A whole Stable Diffusion of the teacher's size with random weights, and the storybook's small tokenizer."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     if (folder / "model_index.json").exists():
         return folder
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "data" / "storybook" / "clip")
-    tokenizer.model_max_length = model_config(preset.configs, "text_encoder").get("max_position_embeddings", 77)
+    tokenizer.model_max_length = teacher_config(config, "text_encoder").get("max_position_embeddings", 77)
     StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(teacher_config(preset, "vae")), tokenizer=tokenizer,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**teacher_config(preset, "text_encoder"))),
-        unet=random_unet(teacher_config(preset)),
-        scheduler=PNDMScheduler.from_config(teacher_config(preset, "scheduler")),
+        vae=AutoencoderKL.from_config(teacher_config(config, "vae")), tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**teacher_config(config, "text_encoder"))),
+        unet=random_unet(teacher_config(config)),
+        scheduler=PNDMScheduler.from_config(teacher_config(config, "scheduler")),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     """An image-text folder, opened and cropped whenever asked for."""
 
     def __init__(self, folder: Path, resolution: int, tokenizer):
@@ -99,17 +99,17 @@ class Pictures(Dataset):
         return to_pixels(Image.open(self.paths[i]), self.resolution), self.ids[i]
 
 
-def _plain_networks(settings: Preset, device: str, dtype: torch.dtype) -> tuple:
+def _plain_networks(config: KDTraining, device: str, dtype: torch.dtype) -> tuple:
     """Pipeline and student with hooks that keep what is compared: (pipeline, student, pairs of taps, what was kept)."""
-    pipe = load_pipeline(settings.teacher, device)
-    student = build_student(pipe.unet, settings.variant)
+    pipe = load_pipeline(config.teacher, device)
+    student = build_student(pipe.unet, config.variant)
     for unet in (pipe.unet, student):
         unet.to(memory_format=torch.contiguous_format)
     student.enable_gradient_checkpointing()
     student.train()
     pipe.to(dtype=dtype)
     kept = {"teacher": {}, "student": {}}
-    pairs = tap_pairs(settings.variant, pipe.unet.config)
+    pairs = tap_pairs(config.variant, pipe.unet.config)
     for which, unet, place in (("teacher", pipe.unet, 0), ("student", student, 1)):
         for pair in pairs:
             keep = lambda _m, _i, out, n=pair, w=which: kept[w].update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
@@ -117,19 +117,18 @@ def _plain_networks(settings: Preset, device: str, dtype: torch.dtype) -> tuple:
     return pipe, student, pairs, kept
 
 
-def plain(config: dict, device: str) -> Iterator[int]:
-    """The plain loop; yields the number of pictures of every step."""
+def plain(config: KDTraining, device: str) -> Iterator[int]:
+    """The plain loop; yields the number of images of every step."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
-    settings = Preset(**config["resolved"])
-    dtype = DTYPES[precision(settings, device)]
-    pipe, student, pairs, kept = _plain_networks(settings, device, dtype)
+    dtype = DTYPES[precision(config, device)]
+    pipe, student, pairs, kept = _plain_networks(config, device, dtype)
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate)
-    ema = EMAModel(student.parameters(), decay=settings.ema_decay)
-    data = Pictures(Path(settings.train_data_dir), settings.resolution, pipe.tokenizer)
-    loader = DataLoader(data, settings.batch_size, shuffle=True, drop_last=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate)
+    ema = EMAModel(student.parameters(), decay=config.ema_decay)
+    data = Images(Path(config.train_data_dir), config.resolution, pipe.tokenizer)
+    loader = DataLoader(data, config.batch_size, shuffle=True, drop_last=True)
     while True:
         for pixels, ids in loader:
             with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -157,16 +156,16 @@ def plain(config: dict, device: str) -> Iterator[int]:
             yield len(pixels)
 
 
-def ours(config: dict, device: str, folder: Path) -> Iterator[int]:
+def ours(config: KDTraining, device: str, folder: Path) -> Iterator[int]:
     """The workbook's own loop, cache and all, as notebook 03 and its command run it."""
-    job = prepare(config, folder, device)
+    job = prepare(config, folder, device, lambda pipeline: {})
     job.begin(resume=False)
-    for step in job.trainer.steps(job.distillation.losses, job.data.num_examples):
+    for step in job.trainer.steps(job.losses, job.batches(config)):
         job.log.append(step.floats())
         yield job.trainer.config.global_batch_size
 
 
-def measure(mode: str, config: dict, folder: Path, steps: int) -> None:
+def measure(mode: str, config: KDTraining, folder: Path, steps: int) -> None:
     """Runs one loop and writes what it did; called in a process of its own, or in several that share the work."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = PartialState(cpu=device == "cpu")
@@ -187,10 +186,10 @@ def measure(mode: str, config: dict, folder: Path, steps: int) -> None:
                                           "memory_gb": memory(), **provenance(device)})  # fmt: skip
 
 
-def in_processes(mode: str, number: int, config: dict, folder: Path, steps: int) -> dict:
+def in_processes(mode: str, number: int, config: KDTraining, folder: Path, steps: int) -> dict:
     """`measure` in `number` fresh processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
     alone = [sys.executable]
     several = [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     command = [*(alone if number == 1 else several), __file__, "--measure", mode, "--folder", str(folder),
@@ -199,29 +198,28 @@ def in_processes(mode: str, number: int, config: dict, folder: Path, steps: int)
     return json.loads((folder / "measured.json").read_text())
 
 
-def configuration(chosen: argparse.Namespace, variant: str) -> dict:
-    """The parameters of notebook 03 for one measurement, and as `resolved` the preset with them in place."""
+def configuration(chosen: argparse.Namespace, variant: str) -> KDTraining:
+    """The parameters of notebook 03 for one measurement."""
     preset = find_preset(chosen.preset)
     teacher = chosen.teacher
     if teacher is None and chosen.preset != "storybook":
-        teacher = str(random_teacher(preset, FOLDER / f"teacher-{chosen.preset}"))
-    resolution = chosen.resolution or preset.resolution
-    changes = {
-        "preset": chosen.preset, "variant": variant, "teacher": teacher, "resolution": resolution,
-        "train_data_dir": str(pictures(resolution, max(8, 4 * chosen.batch_size))),
-        "cache_dir": str(FOLDER / "cache"),
-        "batch_size": chosen.batch_size, "gradient_accumulation_steps": 1, "max_train_steps": WARM_UP + chosen.steps,
-        "validation_steps": 10**6, "gradient_checkpointing": chosen.gradient_checkpointing, "compiled": chosen.compiled,
-        "optimizer": chosen.optimizer,
-    }  # fmt: skip
-    return configure(find_notebook("03"), changes)[0]
+        teacher = str(random_teacher(KDTraining.filled(preset=chosen.preset), FOLDER / f"teacher-{chosen.preset}"))
+    resolution = chosen.resolution or preset.common["resolution"]
+    return KDTraining.filled(
+        preset=chosen.preset, variant=variant, teacher=teacher, resolution=resolution,
+        train_data_dir=str(image_folder(resolution, max(8, 4 * chosen.batch_size))), cache_dir=str(FOLDER / "cache"),
+        batch_size=chosen.batch_size, gradient_accumulation_steps=1, max_train_steps=WARM_UP + chosen.steps,
+        validation_steps=10**6, checkpoint_steps=0, gradient_checkpointing=chosen.gradient_checkpointing,
+        compiled=chosen.compiled, optimizer=chosen.optimizer,
+    )  # fmt: skip
 
 
-def tera_operations(config: dict, variant: str, resolution: int) -> float:
-    """10^12 operations that one picture costs: the teacher forward, the student forward and backward."""
-    teacher = teacher_config(find_preset(config["preset"]))
+def tera_operations(config: KDTraining, variant: str, resolution: int) -> float:
+    """10^12 operations that one image costs: the teacher forward, the student forward and backward."""
+    own = KDTraining.filled(preset=config.preset)
+    teacher = teacher_config(own)
     student = student_config(teacher, variant)
-    factor = 2 ** (len(teacher_config(find_preset(config["preset"]), "vae")["block_out_channels"]) - 1)
+    factor = 2 ** (len(teacher_config(own, "vae")["block_out_channels"]) - 1)
     macs = [count(c, resolution // factor).macs_with_attention for c in (teacher, student)]
     return 2 * (macs[0] + 3 * macs[1]) / 1e12
 
@@ -247,7 +245,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure:
-        config = json.loads((chosen.folder / "config.json").read_text())
+        config = KDTraining(**json.loads((chosen.folder / "config.json").read_text()))
         return measure(chosen.measure, config, chosen.folder, chosen.steps)
     results = [compare(chosen, variant) for variant in chosen.variant.split(",")]
     write_json(chosen.output, results)
@@ -263,7 +261,7 @@ def compare(chosen: argparse.Namespace, variant: str) -> dict:
             found[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
             print(f"round {turn + 1} {variant} {mode}: {found[mode][-1]['images_per_second']:.2f} images/s", flush=True)
     medians = {mode: statistics.median(m["images_per_second"] for m in runs) for mode, runs in found.items()}
-    tera = tera_operations(config, variant, config["resolved"]["resolution"])
+    tera = tera_operations(config, variant, config.resolution)
     first = next(iter(medians.values()))
     print_table(
         ("loop", "images/s", "s per step", "TFLOP/s", "memory GB", "ratio"),
