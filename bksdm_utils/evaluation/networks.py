@@ -12,13 +12,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from ..data.downloads import DOWNLOADS
 from ..data.scenes import COLOURS, OBJECTS, PLACES, SIZES, Thing
 from ..files import ROOT, NotAvailable
 from ..models.hashes import tensors_hash
 from ..models.loading import load
+
+try:  # published CLIP scores are of Pillow's resizing; transformers 5 resizes with torchvision by default
+    from transformers import CLIPImageProcessorPil
+except ImportError:
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 FAST = torch.channels_last  # twice as fast for Inception on a CPU
 
@@ -61,7 +66,6 @@ class MetricClip:
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
         self.model = load(CLIPModel, path, local_files_only=True).float().to(device).eval()
         self.tokenizer = load(CLIPTokenizer, path, local_files_only=True)
-        # Published CLIP scores are of Pillow's resizing; transformers 5's default is torchvision's.
         self.processor = load(CLIPImageProcessorPil, path, local_files_only=True)
 
     @cached_property

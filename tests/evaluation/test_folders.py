@@ -1,0 +1,225 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bksdm_utils.config.evaluation import FolderSampling, SampleFolder
+from bksdm_utils.core.surgery import build_student
+from bksdm_utils.evaluation import folders, job
+from bksdm_utils.evaluation.folders import (
+    complete_images,
+    delete_images,
+    folder_of,
+    image_path,
+    read_manifest,
+    sample_folder,
+)
+from bksdm_utils.evaluation.prompts import Prompt, storybook_prompts
+from bksdm_utils.evaluation.sampling import image_seed
+from bksdm_utils.models.pipelines import load_pipeline, with_unet
+
+FAST = FolderSampling(num_inference_steps=4, guidance_scale=2.0)
+
+
+def run(pipeline, prompts, folder, sampling=FAST):
+    return list(sample_folder(pipeline, prompts, folder, sampling))
+
+
+def bits(folder):
+    return {path.name: path.read_bytes() for path in (folder / "images").iterdir() if path.suffix != ".part"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(pipeline_dir):
+    return load_pipeline(pipeline_dir)
+
+
+@pytest.fixture(scope="module")
+def unbroken(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(pipeline, storybook_prompts(96), folder)
+    return bits(folder)
+
+
+def stop_at(step, stop):
+    """Calls `stop` at a step of writing: before a half-written file is renamed, after it, or in a manifest."""
+    steps, replace, append = count(), os.replace, folders._append
+
+    def stopping_replace(source, target):
+        if next(steps) == step:
+            Path(source).write_bytes(Path(source).read_bytes()[:100])
+            stop()
+        replace(source, target)
+        if next(steps) == step:
+            stop()
+
+    def stopping_append(folder, entries):
+        append(folder, entries[:-1])
+        if next(steps) == step:
+            with (folder / "manifest-0.jsonl").open("a") as file:
+                file.write('\n{"id": "test-9", "te')
+            stop()
+        append(folder, entries[-1:])
+
+    return stopping_replace, stopping_append
+
+
+def kill_at(step, config, folder):
+    os.replace, folders._append = stop_at(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    job.sample(config, folder)
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 17])
+def test_an_interrupted_folder_is_completed_with_the_same_images(pipeline, unbroken, tmp_path, monkeypatch, step):
+    def stop():
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        replace, append = stop_at(step, stop)
+        patch.setattr(os, "replace", replace)
+        patch.setattr(folders, "_append", append)
+        with pytest.raises(Stopped):
+            run(pipeline, storybook_prompts(12), tmp_path)
+    assert len(complete_images(tmp_path)) < 12
+    run(pipeline, storybook_prompts(12), tmp_path)
+    assert len(complete_images(tmp_path)) == 12 and bits(tmp_path).items() <= unbroken.items()
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_image(pipeline_dir, unbroken, tmp_path):
+    config = SampleFolder(teacher=str(pipeline_dir), num_images=96, device="cpu", **FAST.values())
+    context, rng = multiprocessing.get_context("forkserver"), random.Random(1)
+    context.set_forkserver_preload(["bksdm_utils.evaluation.job"])
+    for _ in range(20):
+        process = context.Process(target=kill_at, args=(rng.randrange(24), config, tmp_path))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 0 < len(complete_images(tmp_path)) < 96
+    job.sample(config, tmp_path)
+    assert bits(tmp_path) == unbroken
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_is_missing(pipeline, pipeline_dir, unbroken, tmp_path):
+    prompts = storybook_prompts(48)
+    config = SampleFolder(teacher=str(pipeline_dir), num_images=48, device="cpu", **FAST.values())
+    run(pipeline, prompts, tmp_path)
+    missing = prompts[::2]  # all of one process's share, if all prompts were shared
+    for prompt in missing:
+        image_path(tmp_path, prompt.id).unlink()
+    (tmp_path / "manifest-0.jsonl").rename(tmp_path / "manifest-9.jsonl")
+    steps = list(job.sample_in_processes(config, prompts, tmp_path, 2))
+    assert steps and all(24 <= step.done <= 48 == step.total for step in steps)
+    assert len(bits(tmp_path)) == 48 and bits(tmp_path).items() <= unbroken.items()
+    for rank in range(2):
+        ids = [json.loads(line)["id"] for line in (tmp_path / f"manifest-{rank}.jsonl").read_text().split("\n") if line]
+        assert ids == [prompt.id for prompt in missing[rank::2]]
+
+
+def test_a_run_waits_for_another_that_fills_the_folder(pipeline, tmp_path, capsys):
+    script = "import sys, time; from pathlib import Path; from bksdm_utils.files import folder_lock\n"
+    script += "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(1)"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    assert run(pipeline, storybook_prompts(1), tmp_path)[-1].done == 1 and other.wait() == 0
+    assert capsys.readouterr().out.count(f"another run writes to {tmp_path}: waiting for it") == 1
+
+
+def test_the_manifest_records_every_image(pipeline, tmp_path):
+    prompts = storybook_prompts(5)
+    steps = run(pipeline, prompts, tmp_path)
+    assert [p.done for p in steps] == [0, 5] and steps[-1].total == 5
+    assert [prompt for prompt, _ in steps[-1].newest] == prompts
+    entries = read_manifest(tmp_path)
+    assert [(e.id, e.text, e.seed) for e in entries] == [(p.id, p.text, image_seed(0, p.id)) for p in prompts]
+    settings = json.loads((tmp_path / "sampling.json").read_text())
+    assert settings["num_inference_steps"] == 4 and len(settings["model"]) == 16 and "batch_size" not in settings
+
+
+def test_captions_with_any_line_break_are_recorded(pipeline, tmp_path):
+    texts = ["a cat\u2028in the snow", "a cat\x85dog", "two\nlines\r\n", "plain"]
+    prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
+    run(pipeline, prompts, tmp_path)
+    assert [entry.text for entry in complete_images(tmp_path).values()] == texts
+    assert len(run(pipeline, prompts, tmp_path)) == 1
+
+
+def test_an_error_claims_no_folder(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="as PNDM needs"):
+        run(pipeline, storybook_prompts(1), tmp_path / "new", FolderSampling(num_inference_steps=3))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_images_may_be_claimed_again(pipeline, tmp_path):
+    folders._claim(tmp_path, {"model": "one", "image_format": "png"}, main=True)
+    assert run(pipeline, storybook_prompts(1), tmp_path)[-1].done == 1
+
+
+def test_only_missing_and_damaged_images_are_sampled_again(pipeline, tmp_path):
+    prompts = storybook_prompts(12)
+    run(pipeline, prompts, tmp_path)
+    before = bits(tmp_path)
+    image_path(tmp_path, prompts[3].id).unlink()
+    damaged = image_path(tmp_path, prompts[7].id)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "images").iterdir() if p != damaged}
+    steps = run(pipeline, prompts, tmp_path)
+    assert [len(step.newest) for step in steps] == [0, 2] and bits(tmp_path) == before
+    assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "images").iterdir()}.items()
+    assert [len(step.newest) for step in run(pipeline, storybook_prompts(13), tmp_path)] == [0, 1]
+
+
+def test_images_of_two_models_settings_or_prompts_are_not_mixed(pipeline, tmp_path):
+    prompts = storybook_prompts(2)
+    run(pipeline, prompts, tmp_path)
+    with pytest.raises(ValueError, match="num_inference_steps 4, now 5"):
+        run(pipeline, prompts, tmp_path, FAST.but(num_inference_steps=5))
+    with pytest.raises(ValueError, match="has images of model"):
+        run(with_unet(pipeline, build_student(pipeline.unet, "bk_tiny")), prompts, tmp_path)
+    with pytest.raises(ValueError, match="other prompts under the same ids"):
+        run(pipeline, [Prompt("test-0", "something else")], tmp_path)
+    assert len(bits(tmp_path)) == 2
+
+
+def test_images_of_unknown_origin_are_left_as_they_are(pipeline, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    with pytest.raises(ValueError, match="no sampling.json"):
+        run(pipeline, storybook_prompts(2), tmp_path)
+
+
+def test_only_the_images_asked_for_are_deleted(pipeline, tmp_path, monkeypatch):
+    prompts = storybook_prompts(4)
+    delete_images(tmp_path / "nothing", prompts)
+    run(pipeline, prompts, tmp_path)
+    delete_images(tmp_path, prompts[:2])
+    kept = {prompt.id for prompt in prompts[2:]}
+    assert set(complete_images(tmp_path)) == {entry.id for entry in read_manifest(tmp_path)} == kept
+    run(pipeline, [Prompt("test-0", "another text"), *prompts[1:]], tmp_path)
+    assert complete_images(tmp_path)["test-0"].text == "another text"
+    monkeypatch.setattr(folders, "running", lambda folder: True)
+    with pytest.raises(ValueError, match="wait for them, or stop them"):
+        delete_images(tmp_path, prompts)
+
+
+def test_a_folder_that_was_not_sampled_is_named(tmp_path):
+    with pytest.raises(ValueError, match="tpyo has no sampling.json"):
+        complete_images(tmp_path / "tpyo")
+
+
+def test_models_and_settings_have_their_own_folder(tmp_path):
+    one, same, other = (folder_of(tmp_path, "a", "b", FAST.but(guidance_scale=g)) for g in (4, 4.0, 5))
+    assert one == same != other != folder_of(tmp_path, "a", "c", FAST.but(guidance_scale=5)) and not one.exists()
+    assert folder_of(tmp_path, "a", "b", FAST.but(batch_size=3)) == folder_of(tmp_path, "a", "b", FAST)
