@@ -1,4 +1,4 @@
-"""What a DreamBooth lesson costs: seconds a step and memory, whole and by LoRA, with random weights.
+"""What a DreamBooth run costs: seconds a step and memory, full and by LoRA, with random weights.
 
     python benchmarks/dreambooth.py                                          # SD-v1.4's Base at 512 pixels, one step
     python benchmarks/dreambooth.py --variant teacher,bk_base --steps 100    # for a GPU
@@ -13,17 +13,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from kd import FOLDER, random_teacher
 
-from bksdm_utils.config.presets import find_preset
+from bksdm_utils.config.dreambooth import DreamBoothTraining
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
-from bksdm_utils.dreambooth.job import Recipe, prepare
+from bksdm_utils.dreambooth.job import prepare
 from bksdm_utils.dreambooth.subjects import class_prompts, load_subject
 from bksdm_utils.files import write_json
 from bksdm_utils.models.pipelines import load_pipeline, sampling_dtype, with_unet
@@ -32,23 +31,24 @@ from bksdm_utils.workbook.run import provenance
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, float]:
-    """One lesson of so many steps, after one that is not counted."""
-    preset, device = find_preset(chosen.preset), "cuda" if torch.cuda.is_available() else "cpu"
-    place = random_teacher(preset, FOLDER / f"teacher-{preset.name}")
-    pipe = load_pipeline(place, device, sampling_dtype(device))
+    """One run of so many steps, after one that is not counted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = DreamBoothTraining.filled(
+        preset=chosen.preset, max_train_steps=1 + chosen.steps, identifier="z",
+        gradient_checkpointing=chosen.gradient_checkpointing,
+    ).for_method(chosen.method)  # fmt: skip
+    path = random_teacher(config, FOLDER / f"teacher-{config.preset}")
+    pipe = load_pipeline(path, device, sampling_dtype(device))
     if chosen.variant != "teacher":
         pipe = with_unet(pipe, build_student(pipe.unet, chosen.variant))
-    recipe = replace(Recipe(), max_train_steps=1 + chosen.steps, num_class_images=2, identifier="z",
-                     gradient_checkpointing=chosen.gradient_checkpointing)  # fmt: skip
     subject = load_subject("tabby")
-    class_images = [(p.text, render(sample_scene(i), i))
-                    for i, p in enumerate(class_prompts(subject, 2))]  # fmt: skip
+    class_images = [(p.text, render(sample_scene(i), i)) for i, p in enumerate(class_prompts(subject, 2))]
     with tempfile.TemporaryDirectory() as folder:
-        lesson = prepare(pipe, subject, recipe, chosen.method, Path(folder), class_images)
-        rows = [step.floats() for step in lesson.steps()][1:]
+        run = prepare(pipe, subject, config, Path(folder), class_images)
+        rows = [step.floats() for step in run.steps()][1:]
         return {"seconds_per_step": sum(row["seconds"] for row in rows) / len(rows),
-                "memory_gb": max(row["memory_gb"] for row in rows), "trained": lesson.model.num_trained,
-                "file_mb": lesson.save(Path(folder) / "saved") / 1e6}  # fmt: skip
+                "memory_gb": max(row["memory_gb"] for row in rows), "trained": run.model.num_trained,
+                "file_mb": run.save() / 1e6}  # fmt: skip
 
 
 def main() -> None:
@@ -69,17 +69,17 @@ def main() -> None:
     for variant in chosen.variant.split(","):
         for method in chosen.method.split(","):
             results[f"{variant}, {method}"] = in_a_process(chosen, variant, method)
-    print_table(("lesson", "s per step", "memory GB", "trained parameters", "file MB"),
+    print_table(("run", "s per step", "memory GB", "trained parameters", "file MB"),
                 [(name, f"{m['seconds_per_step']:.2f}", f"{m['memory_gb']:.1f}", f"{m['trained']:,}",
                   f"{m['file_mb']:.1f}") for name, m in results.items()])  # fmt: skip
-    write_json(chosen.output, {"preset": chosen.preset, "steps": chosen.steps, "lessons": results,
+    write_json(chosen.output, {"preset": chosen.preset, "steps": chosen.steps, "runs": results,
                                "provenance": provenance("cuda" if torch.cuda.is_available() else "cpu")})  # fmt: skip
 
 
 def in_a_process(chosen: argparse.Namespace, variant: str, method: str) -> dict[str, float]:
     """`measure` in a fresh process, whose memory is its own."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    output = FOLDER / "lesson.json"
+    output = FOLDER / "run.json"
     checkpointing = ["--gradient-checkpointing"] if chosen.gradient_checkpointing else []
     command = [sys.executable, __file__, "--measure", "--preset", chosen.preset, "--variant", variant,
                "--method", method, "--steps", str(chosen.steps), "--output", str(output), *checkpointing]  # fmt: skip
