@@ -13,17 +13,8 @@ from PIL import Image
 from ..data.rendering import nearest
 from ..data.scenes import ATTRIBUTES, Scene
 from ..files import in_threads
-from .metrics import (
-    Score,
-    Statistics,
-    correct_attribute,
-    cosines,
-    fid,
-    half_sample_error,
-    inception_score,
-    kid,
-    mean_score,
-)
+from . import metrics
+from .metrics import Score, Statistics, mean_score
 from .networks import MetricClip
 
 
@@ -58,27 +49,23 @@ class ScoredImages:
         blocks = [slice(start, start + 2048) for start in range(0, len(self.texts), 2048)]
         images = (self.clip.embed(torch.from_numpy(self.clip_features[block])).cpu() for block in blocks)
         pairs = zip(images, blocks, strict=True)
-        return torch.cat([cosines(rows, torch.from_numpy(self.texts[block])) for rows, block in pairs]).numpy()
+        return torch.cat([metrics.cosines(rows, torch.from_numpy(self.texts[block])) for rows, block in pairs]).numpy()
 
 
 def _fid(images: ScoredImages) -> Score:
-    distance = lambda chosen: fid(Statistics.of(images.features, chosen), images.real)  # noqa: E731
+    distance = lambda chosen: metrics.fid(Statistics.of(images.features, chosen), images.real)  # noqa: E731
     count = len(images.features)
-    return Score(distance(np.arange(count)), half_sample_error(distance, count))
+    return Score(distance(np.arange(count)), metrics.half_sample_error(distance, count))
 
 
 def _kid(images: ScoredImages) -> Score | None:
-    return kid(images.features, images.real_features) if images.real_features is not None else None
+    return metrics.kid(images.features, images.real_features) if images.real_features is not None else None
 
 
 def _inception_score(images: ScoredImages) -> Score:
     if images.logits is not None:
-        return inception_score(images.logits)
-    return inception_score(images.clip.storybook_logits(torch.from_numpy(images.clip_features)).cpu().numpy())
-
-
-def _clip_score(images: ScoredImages) -> Score:
-    return mean_score(images.cosines)
+        return metrics.inception_score(images.logits)
+    return metrics.inception_score(images.clip.storybook_logits(torch.from_numpy(images.clip_features)).cpu().numpy())
 
 
 def _attribute(images: ScoredImages, attribute: str) -> Score | None:
@@ -87,7 +74,7 @@ def _attribute(images: ScoredImages, attribute: str) -> Score | None:
     if not single:
         return None
     embeddings = images.clip.embed(torch.from_numpy(images.clip_features[single]))
-    return mean_score(correct_attribute(images.clip, embeddings, [images.scenes[i] for i in single], attribute))
+    return mean_score(metrics.correct_attribute(images.clip, embeddings, [images.scenes[i] for i in single], attribute))
 
 
 def _relation(images: ScoredImages) -> Score | None:
@@ -106,7 +93,7 @@ SCORES: dict[str, Callable[[ScoredImages], Score | None]] = {
     "fid": _fid,
     "kid": _kid,
     "inception_score": _inception_score,
-    "clip_score": _clip_score,
+    "clip_score": lambda images: mean_score(images.cosines),
     **{attribute: partial(_attribute, attribute=attribute) for attribute in ATTRIBUTES},
     "relation": _relation,
 }

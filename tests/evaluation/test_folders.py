@@ -5,10 +5,9 @@ import random
 import signal
 import subprocess
 import sys
-from itertools import count
-from pathlib import Path
 
 import pytest
+from helpers import kill_at, stop_at
 
 from bksdm_utils.config.evaluation import FolderSampling, SampleFolder
 from bksdm_utils.core.surgery import build_student
@@ -46,34 +45,6 @@ def unbroken(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     run(pipeline, storybook_prompts(96), folder)
     return bits(folder)
-
-
-def stop_at(step, stop):
-    """Calls `stop` at a step of writing: before a half-written file is renamed, after it, or in a manifest."""
-    steps, replace, append = count(), os.replace, folders._append
-
-    def stopping_replace(source, target):
-        if next(steps) == step:
-            Path(source).write_bytes(Path(source).read_bytes()[:100])
-            stop()
-        replace(source, target)
-        if next(steps) == step:
-            stop()
-
-    def stopping_append(folder, entries):
-        append(folder, entries[:-1])
-        if next(steps) == step:
-            with (folder / "manifest-0.jsonl").open("a") as file:
-                file.write('\n{"id": "test-9", "te')
-            stop()
-        append(folder, entries[-1:])
-
-    return stopping_replace, stopping_append
-
-
-def kill_at(step, config, folder):
-    os.replace, folders._append = stop_at(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    job.sample(config, folder)
 
 
 class Stopped(BaseException):
