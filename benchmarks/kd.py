@@ -110,10 +110,10 @@ def _plain_networks(config: KDTraining, device: str, dtype: torch.dtype) -> tupl
     pipe.to(dtype=dtype)
     kept = {"teacher": {}, "student": {}}
     pairs = tap_pairs(config.variant, pipe.unet.config)
-    for which, unet, place in (("teacher", pipe.unet, 0), ("student", student, 1)):
+    for which, unet, side in (("teacher", pipe.unet, 0), ("student", student, 1)):
         for pair in pairs:
             keep = lambda _m, _i, out, n=pair, w=which: kept[w].update({n: out[0] if isinstance(out, tuple) else out})  # noqa: E731
-            unet.get_submodule(pair[place]).register_forward_hook(keep)
+            unet.get_submodule(pair[side]).register_forward_hook(keep)
     return pipe, student, pairs, kept
 
 
@@ -190,9 +190,9 @@ def in_processes(mode: str, number: int, config: KDTraining, folder: Path, steps
     """`measure` in `number` fresh processes."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
-    alone = [sys.executable]
-    several = [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    command = [*(alone if number == 1 else several), __file__, "--measure", mode, "--folder", str(folder),
+    one = [sys.executable]
+    several = [*one, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    command = [*(one if number == 1 else several), __file__, "--measure", mode, "--folder", str(folder),
                "--steps", str(steps)]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "measured.json").read_text())
@@ -253,23 +253,25 @@ def main() -> None:
 
 def compare(chosen: argparse.Namespace, variant: str) -> dict:
     """All modes in turn, round after round; prints a table of medians and gives them back."""
-    config, found = configuration(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
+    config, measured = configuration(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
     for turn in range(chosen.rounds):
-        for mode in found:
+        for mode in measured:
             number = int(mode.removeprefix("ours")) if mode != "plain" else 1
             kind = "plain" if mode == "plain" else "ours"
-            found[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
-            print(f"round {turn + 1} {variant} {mode}: {found[mode][-1]['images_per_second']:.2f} images/s", flush=True)
-    medians = {mode: statistics.median(m["images_per_second"] for m in runs) for mode, runs in found.items()}
+            measured[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
+            print(
+                f"round {turn + 1} {variant} {mode}: {measured[mode][-1]['images_per_second']:.2f} images/s", flush=True
+            )
+    medians = {mode: statistics.median(m["images_per_second"] for m in runs) for mode, runs in measured.items()}
     tera = tera_operations(config, variant, config.resolution)
     first = next(iter(medians.values()))
     print_table(
         ("loop", "images/s", "s per step", "TFLOP/s", "memory GB", "ratio"),
         [(mode, f"{rate:.2f}", f"{chosen.batch_size / rate:.3f}", f"{tera * rate:.3f}",
-          f"{max(m['memory_gb'] for m in found[mode]):.2f}", f"{rate / first:.2f}") for mode, rate in medians.items()],
+          f"{max(m['memory_gb'] for m in measured[mode]):.2f}", f"{rate / first:.2f}") for mode, rate in medians.items()],
     )  # fmt: skip
     return {"preset": chosen.preset, "variant": variant, "batch_size": chosen.batch_size, "medians": medians,
-            "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": found}  # fmt: skip
+            "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": measured}  # fmt: skip
 
 
 if __name__ == "__main__":

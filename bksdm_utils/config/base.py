@@ -165,7 +165,7 @@ def _number(value: object, kind: type) -> object:
             return value
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    return float(value) if kind is float and isinstance(value, int) else value
+    return float(value) if kind is float and isinstance(value, int) and abs(value) < 2**1000 else value
 
 
 def expected(field: FieldInfo) -> str:

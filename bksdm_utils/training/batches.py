@@ -1,4 +1,4 @@
-"""What a training step is about: latents, noise, timesteps and captions, by the step's random choices (notebook 03)."""
+"""Batches of distillation: latents, noise, timesteps and captions (notebook 03)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .rng import BatchRng
 def random_conditioning_probability(timesteps: torch.Tensor, num_train_timesteps: int, rate: float) -> torch.Tensor:
     """Probability that a caption is replaced by an unrelated one (arXiv 2504.02011): e^(-λ min(t/T, 1 - t/T)).
 
-    High at both ends: near pure noise an image says nothing about its caption, near the clean one the caption adds
-    nothing to the image. The teacher answers for any caption, so the student is shown far more of them than images.
+    High at both ends: near pure noise an image determines nothing of its caption, near the clean one the caption adds
+    nothing to the image. The teacher predicts for any caption, so the student sees far more captions than images.
     """
     share = timesteps / num_train_timesteps
     return torch.exp(-rate * torch.minimum(share, 1 - share))

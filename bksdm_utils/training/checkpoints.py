@@ -1,4 +1,4 @@
-"""Checkpoints: written completely or not at all, limited in number, read back only by the same run."""
+"""Checkpoints: written completely or not at all, limited in number, read only by the same run (notebook 03)."""
 
 from __future__ import annotations
 
@@ -91,19 +91,13 @@ class Checkpoints:
             ema = load_weights(folder / f"{self.name}_ema") if averaged else {}
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # cut off, not a checkpoint, not readable: each library raises its own kinds
-            raise ValueError(
-                f"{folder} could not be read ({type(error).__name__}): delete it to continue from the one before, or "
-                "start anew with resume=False"
-            ) from error
+            raise ValueError(f"{folder} could not be read ({type(error).__name__}): delete it to continue from the one "
+                             "before, or start anew with resume=False") from error  # fmt: skip
         changed = {k: (v, fixed.get(k)) for k, v in info["fixed"].items() if v != fixed.get(k)}
         if changed:
-            raise ValueError(
-                f"{folder} was written with other settings (then, now): {json.dumps(changed)}. "
-                "Use the same settings, or another output_dir, or resume=False."
-            )
+            raise ValueError(f"{folder} was written with other settings (then, now): {json.dumps(changed)}. "
+                             "Use the same settings, or another output_dir, or resume=False.")  # fmt: skip
         if info["step"] > limit:
-            raise ValueError(
-                f"{folder} has step {info['step']}, beyond max_train_steps {limit}: raise max_train_steps, or start "
-                "anew with resume=False"
-            )
+            raise ValueError(f"{folder} has step {info['step']}, beyond max_train_steps {limit}: raise it, or start "
+                             "anew with resume=False")  # fmt: skip
         return Saved(info, weights, ema, state)

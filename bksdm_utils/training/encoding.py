@@ -1,4 +1,4 @@
-"""Images and captions as the U-Net takes them: latents and token ids."""
+"""Images and captions as the U-Net takes them: latents and token ids (notebooks 01, 02, 03)."""
 
 from __future__ import annotations
 

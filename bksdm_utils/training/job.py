@@ -109,9 +109,10 @@ class KDJob:
 
     def _fingerprint(self) -> dict[str, object]:
         """What a resumption must find as it was, beside the trainer's own settings."""
-        augmentation = {name: getattr(self.config, name)
-                        for name in ("caption_dropout", "random_conditioning", "noise_offset")}  # fmt: skip
-        return {"teacher": self.config.teacher, "plan": self.plan, "data": self.data.key, "taps": self.config.kd,
+        config = self.config
+        augmentation = {"caption_dropout": config.caption_dropout, "random_conditioning": config.random_conditioning,
+                        "noise_offset": config.noise_offset}  # fmt: skip
+        return {"teacher": config.teacher, "plan": self.plan, "data": self.data.key, "taps": config.kd,
                 "weights": self.distillation.weights, "augmentation": augmentation}  # fmt: skip
 
     def steps(self) -> Iterator[Step]:

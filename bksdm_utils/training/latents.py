@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -70,24 +71,19 @@ class LatentDataset:
 
     def moments(self, indices: Sequence[int], sides: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w); side 1 is the mirrored image."""
-        pairs = zip(indices, sides, strict=True)
-        places = [(int(np.searchsorted(self._starts, i, "right")) - 1, i, side) for i, side in pairs]
-
-        def found(name: str) -> torch.Tensor:
-            slices = [self._files[s].get_slice(name)[i - int(self._starts[s]), side] for s, i, side in places]
-            return torch.stack([moment.float() for moment in slices])
-
-        return found("mean"), found("std")
+        shards = [int(np.searchsorted(self._starts, i, "right")) - 1 for i in indices]
+        rows = [(self._files[shard], i - int(self._starts[shard]), side)
+                for shard, i, side in zip(shards, indices, sides, strict=True)]  # fmt: skip
+        mean, std = (torch.stack([file.get_slice(name)[i, side].float() for file, i, side in rows])
+                     for name in ("mean", "std"))  # fmt: skip
+        return mean, std
 
     def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
         mean, std = self.moments(rng.indices, rng.integers(self._sides).tolist())
         latents = mean + std * rng.normal(*self.shape)
-        return latents.to(device), self.token_ids[self._chosen_captions(rng)].to(device)
-
-    def _chosen_captions(self, rng: BatchRng) -> torch.Tensor:
-        chosen = rng.choose(self._num_captions[rng.indices].tolist())
-        return self._first_caption[rng.indices] + torch.tensor(chosen)
+        chosen = torch.tensor(rng.choose(self._num_captions[rng.indices].tolist()))
+        return latents.to(device), self.token_ids[self._first_caption[rng.indices] + chosen].to(device)
 
     def other_token_ids(self, rng: BatchRng) -> torch.Tensor:
         """Token ids of captions chosen from all, whatever their images."""
@@ -131,7 +127,7 @@ def cache_bytes(config: TrainingData, pipeline: DiffusionPipeline, num_examples:
 def _readable(path: Path) -> bool:
     try:
         safe_open(path, "pt")
-    except (FileNotFoundError, SafetensorError):  # not there, or cut off
+    except (FileNotFoundError, SafetensorError):  # missing, or cut off
         return False
     return True
 
@@ -159,7 +155,7 @@ def encode(examples: Sequence[Example], chosen: range, config: TrainingData, pip
     moments = [torch.zeros(0, sides, 2, pipeline.vae.config.latent_channels, size, size)]
     index: list[int] = []
     opened = _opened(examples, chosen, config.resolution, failed)
-    for batch in _batches(opened, encoding_batch(config.resolution)):
+    while batch := list(islice(opened, encoding_batch(config.resolution))):
         index += [i for i, _ in batch]
         pixels = torch.stack([pixels for _, pixels in batch])
         flipped = [pixels, pixels.flip(-1)][:sides]
@@ -172,6 +168,8 @@ def encode(examples: Sequence[Example], chosen: range, config: TrainingData, pip
 
 
 def _opened(examples, chosen: range, resolution: int, failed: Skipped) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, pixels) of the readable images; the others are appended to `failed`."""
+
     def opened(i: int):
         try:
             return i, to_pixels(examples[i].open(), resolution), None
@@ -185,17 +183,6 @@ def _opened(examples, chosen: range, resolution: int, failed: Skipped) -> Iterat
             failed.append((examples[i].name, reason))
 
 
-def _batches(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _write_shard(path: Path, encoded: Mapping, turn: str) -> None:
     tensors, part = dict(encoded), path.with_suffix(f".part{os.getpid()}")
     failed = json.dumps(tensors.pop("failed"))
@@ -203,8 +190,6 @@ def _write_shard(path: Path, encoded: Mapping, turn: str) -> None:
         save_file(tensors, part, metadata={"failed": failed})
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise OSError(
-            errno.ENOSPC, f"the latents of shard {turn} could not be written ({error}); those before it are kept. Is "
-            f"the disk full? Make room and run again", str(path),
-        ) from error  # fmt: skip
+        raise OSError(errno.ENOSPC, f"the latents of shard {turn} could not be written ({error}); those before it are "
+                      "kept. Is the disk full? Make room and run again", str(path)) from error  # fmt: skip
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""The random choices of a training step, each a function of (seed, optimizer step, position in the global batch)."""
+"""The random choices of a training step, functions of (seed, optimizer step, position in the global batch)."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""What a step reports, and what processes of one launch share."""
+"""The report of a training step, work shared by the processes of one launch, and signals (notebook 03)."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Step:
     def floats(self) -> dict[str, float]:
         """Everything as plain numbers, and the memory in use in GB; here the losses leave the device."""
         values = torch.stack([torch.as_tensor(value).float() for value in self.losses.values()]).tolist()
-        own = {"gradient_norm": self.gradient_norm, "skipped": float(self.skipped), "learning_rate": self.learning_rate}
-        pace = {"seconds": round(self.seconds, 3), "images_per_second": round(self.images_per_second, 2)}
-        return {"step": self.step, **dict(zip(self.losses, values, strict=True)), **own, **pace, "memory_gb": memory()}
+        return {"step": self.step, **dict(zip(self.losses, values, strict=True)), "gradient_norm": self.gradient_norm,
+                "skipped": float(self.skipped), "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3),
+                "images_per_second": round(self.images_per_second, 2), "memory_gb": memory()}  # fmt: skip
 
 
 def memory() -> float:
@@ -52,12 +51,6 @@ def shared_work(count: int, device: torch.device | str = "cpu") -> Iterator[int]
     state = PartialState(cpu=torch.device(device).type == "cpu")
     yield from range(state.process_index, count, state.num_processes)
     state.wait_for_everyone()
-
-
-def over_processes(function: Callable[[list[int]], torch.Tensor], count: int, device: str = "cpu") -> torch.Tensor:
-    """`function(range(count))`, each process computing its share of the rows; all get the whole."""
-    with PartialState(cpu=device == "cpu").split_between_processes(list(range(count))) as share:
-        return gather(function(share))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Training data read as it comes, without a cache."""
+"""Training data read as it comes, without a cache (notebook 03)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SHUFFLE_BUFFER = 1000  # rows among which a stream is shuffled
 class StreamedDataset:
     """Shards or a hub data set read as they come: nothing is kept on disk, the VAE encodes every batch.
 
-    Row number `step * global batch + position` of the shuffled, endlessly repeated stream belongs to that place of that
-    step, so resumption and the number of processes change nothing; a resumption reads up to its step again, and every
-    process reads all rows but decodes its own. A place whose row is unusable takes the next usable one of the same
-    global batch.
+    Row number `step * global batch + position` of the shuffled, endlessly repeated stream belongs to that position of
+    that step, so resumption and the number of processes change nothing; a resumption reads up to its step again, and
+    every process reads all rows but decodes its own. A position whose row is unusable takes the next usable one of the
+    same global batch.
 
     Attributes:
         empty_ids, skipped, key, shape: as in `LatentDataset`.
-        num_examples: None, nobody knows.
+        num_examples: None, unknown.
     """
 
     num_examples = None
@@ -45,7 +45,7 @@ class StreamedDataset:
         self.shape = (pipeline.vae.config.latent_channels, side, side)
         self._table = open_table(config, streaming=True)
         self._reader = ThreadPoolExecutor(1)  # reads one global batch ahead
-        self._stream, self._place, self._ahead, self._now = None, 0, None, (-1, [])
+        self._stream, self._position, self._ahead, self._now = None, 0, None, (-1, [])
 
     def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
@@ -87,7 +87,7 @@ class StreamedDataset:
         raise ValueError(f"{self.config.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")
 
     def _set_aside(self, name: str, reason: str) -> None:
-        if (name, reason) not in self._known:  # once, however many epochs come by it
+        if (name, reason) not in self._known:  # once, in however many epochs
             self._known.add((name, reason))
             self.skipped.append((name, reason))
             print(f"set aside: {name}: {reason}", flush=True)
@@ -102,11 +102,11 @@ class StreamedDataset:
         return self._now[1]
 
     def _read(self, step: int, size: int) -> list[Mapping]:
-        if self._stream is None or step * size < self._place:
-            self._stream, self._place = self._rows(), 0
-        wanted = range(step * size - self._place + size)
+        if self._stream is None or step * size < self._position:
+            self._stream, self._position = self._rows(), 0
+        wanted = range(step * size - self._position + size)
         read = (next(self._stream) for _ in tqdm(wanted, "reading up to here", disable=len(wanted) < 10 * size))
-        self._place += len(wanted)
+        self._position += len(wanted)
         return list(deque(read, maxlen=size))  # a resumption passes over very many
 
     def _rows(self) -> Iterator[Mapping]:
@@ -125,7 +125,7 @@ class StreamedDataset:
         for shard in shards:
             try:
                 yield from self._table.shard(self._table.num_shards, int(shard))
-            except OSError:  # the network or the disk: the rows that did not come would be missed by this process alone
+            except OSError:  # the network or the disk: only this process would lack its rows
                 raise
             except Exception as error:  # cut off, or not what its name says; its rows up to there were good
                 self._set_aside(f"shard {shard}", f"{type(error).__name__}: {error}")
@@ -137,7 +137,7 @@ def _shuffled(rows: Iterator, order_rng: np.random.Generator) -> Iterator:
         if len(buffer) < SHUFFLE_BUFFER:
             buffer.append(row)
             continue
-        place = int(order_rng.integers(SHUFFLE_BUFFER))
-        yield buffer[place]
-        buffer[place] = row
+        slot = int(order_rng.integers(SHUFFLE_BUFFER))
+        yield buffer[slot]
+        buffer[slot] = row
     yield from (buffer[i] for i in order_rng.permutation(len(buffer)))

@@ -1,4 +1,4 @@
-"""The one trainer, on accelerate: everything that is trained here is trained through `Trainer`.
+"""The trainer, on accelerate, of everything that is trained here (notebooks 00, 03, 05, 06).
 
 Every random choice is a function of (seed, optimizer step, position in the global batch), see `BatchRng`. So a run
 that was killed and resumed, or that is spread over two processes, gets the same examples with the same noise.
@@ -84,9 +84,8 @@ class Trainer:
             try:
                 from bitsandbytes.optim import AdamW8bit as kind
             except ImportError as error:
-                raise ValueError(
-                    "optimizer='adamw_8bit' needs bitsandbytes: pip install 'bksdm_utils[gpu]', or use 'adamw'"
-                ) from error
+                raise ValueError("optimizer='adamw_8bit' needs bitsandbytes: pip install 'bksdm_utils[gpu]', or use "
+                                 "'adamw'") from error  # fmt: skip
         betas = (0.9, self.config.adam_beta2)
         return kind(self.parameters, self.config.learning_rate, betas, weight_decay=self.config.weight_decay)
 
@@ -121,10 +120,8 @@ class Trainer:
 
     def _agreed(self, signals: list[int]) -> int:
         """The signal that any of the processes got, 0 for none, so that all stop after the same step."""
-        own = signals[0] if signals else 0
-        if self.accelerator.num_processes == 1:
-            return own
-        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+        own = torch.tensor([*signals, 0][:1], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())
 
     def _step(self, loss_function: LossFunction, batches) -> Step:
         """One optimizer step, or none where the gradient is not finite; its random numbers are used up either way."""
@@ -157,10 +154,9 @@ class Trainer:
     def _abort(self, norm: float) -> None:
         newest = self.checkpoints.newest
         last = f"the last checkpoint is {newest}" if newest else "there is no checkpoint"
-        raise FloatingPointError(
-            f"{self.consecutive_skips} consecutive steps up to step {self.step} had no finite gradient (norm {norm}): "
-            f"the model is as before them, {last}. Lower the learning rate, or use bf16 or no mixed precision."
-        )
+        raise FloatingPointError(f"{self.consecutive_skips} consecutive steps up to step {self.step} had no finite "
+                                 f"gradient (norm {norm}): the model is as before them, {last}. Lower the learning "
+                                 "rate, or use bf16 or no mixed precision.")  # fmt: skip
 
     def _stop(self, signum: int) -> None:
         newest = self.checkpoints.newest
@@ -179,13 +175,12 @@ class Trainer:
             self.accelerator.backward(losses["loss"] / self.num_micro_batches)
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach() / self.num_micro_batches
-        return self.accelerator.reduce(total, "mean") if self.accelerator.num_processes > 1 else total
+        return self.accelerator.reduce(total, "mean")
 
     def _rng(self, micro_batch: int, num_examples: int | None) -> BatchRng:
-        size, processes = self.micro_batch_size, self.accelerator.num_processes
-        start = (micro_batch * processes + self.accelerator.process_index) * size
-        global_batch_size = self.config.global_batch_size
-        return BatchRng(self.config.seed, self.step, range(start, start + size), global_batch_size, num_examples)
+        size, config = self.micro_batch_size, self.config
+        start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return BatchRng(config.seed, self.step, range(start, start + size), config.global_batch_size, num_examples)
 
     def find_micro_batch(self, loss_function: LossFunction, batches) -> dict[int, float]:
         """Measures micro-batches by dry runs and takes the fastest that fits; the global batch stays as it is.
@@ -262,7 +257,7 @@ class Trainer:
         self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=self.step)
 
     def finish_tracking(self) -> None:
-        """Has the trackers write what they still buffer."""
+        """Flushes the trackers."""
         for tracker in self.accelerator.trackers if self.tracking else ():
             tracker.finish()
         self.tracking = False

@@ -76,6 +76,9 @@ def differences(found, golden, path="") -> list[str]:
 @pytest.mark.slow
 def test_numbers_are_what_they_were(tmp_path):
     golden, found = json.loads(GOLDEN.read_text()), json.loads(json.dumps(measure(tmp_path)))
+    images = golden["numbers"].pop("images"), found.pop("images")
+    if golden["cpu"] == cpu():
+        assert set(images[0]) <= set(images[1])  # later versions may keep more of them
     if golden["cpu"] == cpu():
         assert found == golden["numbers"]
     else:

@@ -25,9 +25,9 @@ def folder(tmp_path):
     photo(tmp_path / "palette.png", (64, 64), "P")
     Image.new("RGBA", (50, 80), (255, 0, 0, 128)).save(tmp_path / "clear.png")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:300])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     good = ["a.jpg,a photo", 'grey.png,"grey, and with a comma"', "palette.png,Ünïcode ☃", "clear.png,half clear"]
-    bad = ["broken.jpg,cut", "text.png,no picture", "gone.png,no file", "a.jpg,", "../a.jpg,outside", ",no name"]
+    bad = ["broken.jpg,cut", "text.png,no image", "gone.png,no file", "a.jpg,", "../a.jpg,outside", ",no name"]
     rows = [*good, *bad]
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return tmp_path
@@ -83,7 +83,7 @@ def test_batches_sample_the_posterior_by_step(folder, pipeline_dir, tmp_path):
 
 
 def test_only_unreadable_images_is_an_error(tmp_path, pipeline_dir):
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("no image")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
-    with pytest.raises(ValueError, match="none of 1 (pictures|images) could be read"):
+    with pytest.raises(ValueError, match="none of 1 images could be read"):
         load(tmp_path, load_pipeline(pipeline_dir), tmp_path / "cache")

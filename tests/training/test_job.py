@@ -104,7 +104,7 @@ def test_fewer_images_than_a_batch_are_repeated(narrow, tmp_path):
 
 @pytest.fixture
 def another_precision():
-    """accelerate lets a process train in one precision only, unless told to forget it."""
+    """accelerate keeps the first precision of a process until its state is reset."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -338,8 +338,8 @@ def test_without_bitsandbytes_its_optimizer_is_refused_by_name(tmp_path, monkeyp
 
 PROCESS = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from test_trainer import BATCHES, CONFIG, EXAMPLES, Trainer, loss_function, model
 folder, steps = Path(sys.argv[2]), int(sys.argv[3])
@@ -382,8 +382,8 @@ def test_one_process_and_two_and_a_run_moved_between_them_give_the_same(tmp_path
 
 CHILD = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 from test_trainer import BATCHES, KILLED, Trainer, loss_function, model
 from bksdm_utils.files import CsvLog
 folder = Path(sys.argv[2])
