@@ -268,7 +268,8 @@ def compare(chosen: argparse.Namespace, variant: str) -> dict:
     print_table(
         ("loop", "images/s", "s per step", "TFLOP/s", "memory GB", "ratio"),
         [(mode, f"{rate:.2f}", f"{chosen.batch_size / rate:.3f}", f"{tera * rate:.3f}",
-          f"{max(m['memory_gb'] for m in measured[mode]):.2f}", f"{rate / first:.2f}") for mode, rate in medians.items()],
+          f"{max(m['memory_gb'] for m in measured[mode]):.2f}", f"{rate / first:.2f}")
+         for mode, rate in medians.items()],
     )  # fmt: skip
     return {"preset": chosen.preset, "variant": variant, "batch_size": chosen.batch_size, "medians": medians,
             "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": measured}  # fmt: skip

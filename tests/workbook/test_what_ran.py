@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from diffusers import UNet2DConditionModel
 
+from bksdm_utils.core.surgery import build_student
 from bksdm_utils.files import ROOT
 from bksdm_utils.workbook.parameters import CLASSES
 
@@ -56,6 +58,10 @@ def test_the_configuration_is_what_trainer_sampler_and_scorer_got(number, tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BKSDM_RECORD": str(tmp_path / "record.jsonl")}
     given = [part for name, value in SMALL[number].items() for part in ("-p", name, str(value))]
     images = ["-p", "images_dir", str(tmp_path / "images")] if "images_dir" in CLASSES[number].model_fields else []
+    if number == "06":  # which has nothing to distil without a student
+        teacher = UNet2DConditionModel.from_pretrained(ROOT / "data" / "storybook" / "teacher", subfolder="unet")
+        build_student(teacher.float(), "bk_tiny").save_pretrained(tmp_path / "student")
+        given += ["-p", "student", str(tmp_path / "student")]
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "bksdm_utils", "run", number, *given, *images, "-p", "output_dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
