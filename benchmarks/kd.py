@@ -1,4 +1,4 @@
-"""How fast distillation learns: ours beside a plain loop with the original's published settings, on one machine.
+"""How fast distillation trains: ours beside a plain loop with the original's published settings, on one machine.
 
     python benchmarks/kd.py                                              # storybook, a few minutes on a CPU
     python benchmarks/kd.py --preset sd-v1.4 --variant bk_base --batch-size 64    # random weights, for a GPU
@@ -253,26 +253,24 @@ def main() -> None:
 
 def compare(chosen: argparse.Namespace, variant: str) -> dict:
     """All modes in turn, round after round; prints a table of medians and gives them back."""
-    config, measured = configuration(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
+    config, runs = configuration(chosen, variant), {mode: [] for mode in chosen.modes.split(",")}
     for turn in range(chosen.rounds):
-        for mode in measured:
+        for mode in runs:
             number = int(mode.removeprefix("ours")) if mode != "plain" else 1
             kind = "plain" if mode == "plain" else "ours"
-            measured[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
-            print(
-                f"round {turn + 1} {variant} {mode}: {measured[mode][-1]['images_per_second']:.2f} images/s", flush=True
-            )
-    medians = {mode: statistics.median(m["images_per_second"] for m in runs) for mode, runs in measured.items()}
+            runs[mode].append(in_processes(kind, number, config, FOLDER / f"{variant}-{mode}", chosen.steps))
+            print(f"round {turn + 1} {variant} {mode}: {runs[mode][-1]['images_per_second']:.2f} images/s", flush=True)
+    medians = {mode: statistics.median(m["images_per_second"] for m in rows) for mode, rows in runs.items()}
     tera = tera_operations(config, variant, config.resolution)
     first = next(iter(medians.values()))
     print_table(
         ("loop", "images/s", "s per step", "TFLOP/s", "memory GB", "ratio"),
         [(mode, f"{rate:.2f}", f"{chosen.batch_size / rate:.3f}", f"{tera * rate:.3f}",
-          f"{max(m['memory_gb'] for m in measured[mode]):.2f}", f"{rate / first:.2f}")
+          f"{max(m['memory_gb'] for m in runs[mode]):.2f}", f"{rate / first:.2f}")
          for mode, rate in medians.items()],
     )  # fmt: skip
     return {"preset": chosen.preset, "variant": variant, "batch_size": chosen.batch_size, "medians": medians,
-            "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": measured}  # fmt: skip
+            "ratios": {mode: rate / first for mode, rate in medians.items()}, "runs": runs}  # fmt: skip
 
 
 if __name__ == "__main__":
