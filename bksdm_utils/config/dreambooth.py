@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .base import NonNegative, PathText, Positive, parameter
 from .shared import SCHEDULERS, Sampling, Student
 from .training import Count, Side, Training
 
+Scale = Annotated[float, Field(gt=0)]
 _TRAINING = ("batch_size", "max_train_steps", "learning_rate", "lr_schedule", "lr_warmup_steps", "mixed_precision")
 
 
@@ -37,10 +38,10 @@ class DreamBoothTraining(
     num_class_images: Count | None = parameter(None, "class images that the model samples before it is trained")
     train_text_encoder: bool | None = parameter(None, "also train the text encoder")
     lora_rank: Positive = parameter(16, "rank of the U-Net's adapters")
-    lora_alpha: NonNegative = parameter(27.0, "their scale is alpha / rank")
+    lora_alpha: Scale = parameter(27.0, "their scale is alpha / rank")
     lora_targets: tuple[str, ...] | None = parameter(None, "ends of the names of the layers that get adapters")
     lora_text_rank: Positive = parameter(16, "rank of the text encoder's adapters")
-    lora_text_alpha: NonNegative = parameter(17.0, "their scale is alpha / rank")
+    lora_text_alpha: Scale = parameter(17.0, "their scale is alpha / rank")
     lora_text_targets: tuple[str, ...] = parameter(("q_proj", "v_proj"), "their layers")
     gradient_checkpointing: bool = parameter(False, "less memory, more time")
     resolution: Side | None = parameter(None, "pixels a side of the images; None is what the model was trained for")
@@ -56,6 +57,8 @@ class DreamBoothTraining(
     def _prior_has_images(self) -> Self:
         if self.prior_loss_weight and self.num_class_images == 0:
             raise ValueError("prior preservation needs num_class_images of 1 or more, or prior_loss_weight 0")
+        if self.lora_targets == () or self.lora_text_targets == ():
+            raise ValueError("lora_targets and lora_text_targets need ends of layers' names, such as to_q, to_v")
         return self
 
     def for_method(self, method: str) -> DreamBoothTraining:

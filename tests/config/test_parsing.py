@@ -48,7 +48,8 @@ def accepted_and_refused(kind, name):
             good, bad = [("sd-v1.4", "sd-v1.4")], [*bad]
     if several:
         good = [(value, (parsed,)) for value, parsed in good if not isinstance(value, list)]
-        good += [([value for value, _ in good], tuple(p for _, (p,) in good)), ("", ()), ([], ())]
+        good += [([value for value, _ in good], tuple(p for _, (p,) in good))]
+        good += [] if name.endswith("targets") else [("", ()), ([], ())]
     if name == "trackers":
         good, bad = [("tensorboard", ("tensorboard",)), ("", ())], ["another"]
     return good, bad
@@ -180,6 +181,8 @@ def test_contradictions_are_refused():
         KDTraining(streaming=True)
     with pytest.raises(ValueError, match="num_class_images"):
         CLASSES["05"](num_class_images=0)
+    with pytest.raises(ValueError, match="lora_targets"):
+        CLASSES["05"](lora_targets="")
 
 
 def test_what_is_expected_is_said_in_words():
