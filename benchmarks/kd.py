@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from bksdm_utils.config.presets import find_preset
+from bksdm_utils.config.presets import PRESETS
 from bksdm_utils.config.training import KDTraining
 from bksdm_utils.core.losses import training_target
 from bksdm_utils.core.plans import student_config
@@ -200,7 +200,7 @@ def in_processes(mode: str, number: int, config: KDTraining, folder: Path, steps
 
 def configuration(chosen: argparse.Namespace, variant: str) -> KDTraining:
     """The parameters of notebook 03 for one measurement."""
-    preset = find_preset(chosen.preset)
+    preset = PRESETS[chosen.preset]
     teacher = chosen.teacher
     if teacher is None and chosen.preset != "storybook":
         teacher = str(random_teacher(KDTraining.filled(preset=chosen.preset), FOLDER / f"teacher-{chosen.preset}"))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import types
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Optional, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Optional, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
@@ -25,6 +24,7 @@ BOUNDS = {Ge: ("ge", "{} or more"), Gt: ("gt", "more than {}"), Le: ("le", "{} o
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or hub id; ~ is the home folder
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1)]
+Processes = Positive | None
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -67,24 +67,22 @@ class Config(BaseModel):
 
     @classmethod
     def _fault(cls, fault: Mapping, values: Mapping) -> str:
-        if not fault["loc"]:
+        if not fault["loc"] or fault["type"] == "value_error":  # of a validator of ours
             return fault["msg"].removeprefix("Value error, ")
         name = str(fault["loc"][0])
-        if fault["type"] == "value_error":  # of a validator of ours
-            return fault["msg"].removeprefix("Value error, ")
-        advice = ". Plain papermill's -p turns texts into numbers: use papermill -r, or bksdm run" * (
-            fault["type"] in ("string_type", "literal_error") and is_text(cls.model_fields[name])
-            and not isinstance(values.get(name), str)
-        )  # fmt: skip
-        return f"{name} is {values.get(name)!r}: expected {expected(cls.model_fields[name])}{advice}"
+        field, value = cls.model_fields[name], values.get(name)
+        typed = fault["type"] in ("string_type", "literal_error") and is_text(field) and not isinstance(value, str)
+        advice = ". Plain papermill's -p turns texts into numbers: use papermill -r, or bksdm run" if typed else ""
+        return f"{name} is {value!r}: expected {expected(field)}{advice}"
 
     @classmethod
     def preset_decides(cls, *names: str) -> type[Self]:
         """This class with these parameters None by default, for the preset to fill in."""
-        fields = {name: cls.model_fields[name] for name in names}
-        optional = {name: (Optional[Annotated[(field.annotation, *field.metadata)]] if field.metadata  # noqa: UP045
-                           else Optional[field.annotation], Field(None, description=field.description))  # noqa: UP045
-                    for name, field in fields.items()}  # fmt: skip
+        optional = {}
+        for name in names:
+            field = cls.model_fields[name]
+            kind = Annotated[(field.annotation, *field.metadata, "")]  # which wants metadata, also without bounds
+            optional[name] = Optional[kind], Field(None, description=field.description)  # noqa: UP045
         return create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **optional)
 
     def but(self, **changes: object) -> Self:
@@ -97,15 +95,14 @@ class Config(BaseModel):
 
     def part(self, kind: type[Config], **changes: object) -> Config:
         """The parameters that this class shares with `kind`, as a `kind`; the others keep their defaults."""
-        shared = {name: value for name, value in self.values().items() if name in kind.model_fields}
-        return kind(**{**{n: v for n, v in shared.items() if v is not None}, **changes})
+        shared = {n: v for n, v in self.values().items() if n in kind.model_fields and v is not None}
+        return kind(**{**shared, **changes})
 
 
 def kind_of(field: FieldInfo) -> object:
     """The type that a field takes, None and annotations left out."""
-    union = get_origin(field.annotation) in (Union, types.UnionType)
-    (kind,) = (k for k in (get_args(field.annotation) if union else (field.annotation,)) if k is not type(None))
-    return _bare(kind)
+    kinds = get_args(field.annotation) if takes_none(field) else (field.annotation,)
+    return _bare(next(kind for kind in kinds if kind is not type(None)))
 
 
 def _bare(kind: object) -> object:
@@ -127,32 +124,22 @@ def parse(value: object, field: FieldInfo) -> object:
     kind, none = kind_of(field), takes_none(field) and not is_text(field)
     if value is None or (none and isinstance(value, str) and value.strip().lower() in ("none", "null")):
         return None
-    if get_origin(kind) is tuple:
-        return tuple(_parse_one(item, get_args(kind)[0]) for item in _items(value))
-    return _parse_one(value, kind)
-
-
-def _items(value: object) -> Sequence[object]:
+    if get_origin(kind) is not tuple:
+        return _parse_one(value, kind)
     if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value if isinstance(value, (list, tuple)) else [value]
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_parse_one(item, get_args(kind)[0]) for item in items)
 
 
 def _parse_one(value: object, kind: object) -> object:
     kind = _bare(kind)
     if kind is bool:
-        return _switch(value)
+        return SWITCHES.get(str(value).strip().lower(), value) if isinstance(value, (str, int)) else value
     if kind in (int, float):
         return _number(value, kind)
-    if get_origin(kind) is Literal:
-        return "no" if value is False and "no" in get_args(kind) else value  # YAML reads no as False
-    return value
-
-
-def _switch(value: object) -> object:
-    if isinstance(value, str):
-        return SWITCHES.get(value.strip().lower(), value)
-    return bool(value) if type(value) is int and value in (0, 1) else value
+    no = get_origin(kind) is Literal and "no" in get_args(kind) and value is False  # YAML reads no as False
+    return "no" if no else value
 
 
 def _number(value: object, kind: type) -> object:
@@ -172,26 +159,17 @@ def expected(field: FieldInfo) -> str:
     """What a field takes, in words: "a whole number of 1 or more, or None"."""
     kind = kind_of(field)
     several = get_origin(kind) is tuple
-    inner = get_args(kind)[0] if several else kind
-    text = f"a list (commas between its values) of {_word(inner)}" if several else _word(inner)
-    bounds = [template.format(f"{getattr(m, attribute):,}") for m in _metadata(field)
+    text = f"a list (commas between its values) of {_word(get_args(kind)[0])}" if several else _word(kind)
+    inner = [item for part in get_args(field.annotation) for item in getattr(part, "__metadata__", ())]
+    bounds = [template.format(f"{getattr(m, attribute):,}") for item in (*field.metadata, *inner)
+              for m in (item.metadata if isinstance(item, FieldInfo) else [item])
               for bound, (attribute, template) in BOUNDS.items() if isinstance(m, bound)]  # fmt: skip
     return text + (f" of {' and '.join(bounds)}" if bounds else "") + (", or None" if takes_none(field) else "")
-
-
-def _metadata(field: FieldInfo) -> list[object]:
-    """Bounds of a field, also those inside a union with None."""
-    found = list(field.metadata)
-    for kind in get_args(field.annotation):
-        for item in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
-            found += item.metadata if isinstance(item, FieldInfo) else [item]
-    return found
 
 
 def _word(kind: object) -> str:
     kind = _bare(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    words = {bool: "a switch (true, false, yes, no, on, off, 1 or 0)", int: "a whole number", float: "a number",
-             str: "text"}  # fmt: skip
-    return words[kind]
+    return {bool: "a switch (true, false, yes, no, on, off, 1 or 0)", int: "a whole number", float: "a number",
+            str: "text"}[kind]  # fmt: skip

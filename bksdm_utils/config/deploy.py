@@ -7,15 +7,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from .base import Config, Device, NonNegative, PathText, Positive, Share, parameter
-from .shared import Sampling, Student
+from .shared import PresetSampling, Teacher
 from .training import Count, TrainingData
 
 
-class DemoAndExport(Sampling.preset_decides("num_inference_steps", "guidance_scale"), TrainingData, Student):
+class DemoAndExport(PresetSampling, TrainingData, Teacher):
     """Notebook 06: playground, few-step students, exports."""
 
     notebook: ClassVar[str] = "06_demo_and_export"
-
     student: PathText | None = parameter(None, "U-Net folder or hub id; None: notebook 03's of this variant")
     lora: PathText | None = parameter(None, "LoRA on top of the student, such as notebook 05's; it is merged")
     prompt: str = parameter("a big red boat on the sea", "what is sampled first")

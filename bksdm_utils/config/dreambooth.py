@@ -8,20 +8,17 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from .base import NonNegative, PathText, Positive, parameter
-from .shared import SCHEDULERS, Sampling, Student
+from .shared import SCHEDULERS, PresetSampling, Teacher
 from .training import Count, Side, Training
 
 Scale = Annotated[float, Field(gt=0)]
 _TRAINING = ("batch_size", "max_train_steps", "learning_rate", "lr_schedule", "lr_warmup_steps", "mixed_precision")
 
 
-class DreamBoothTraining(
-    Sampling.preset_decides("num_inference_steps", "guidance_scale"), Training.preset_decides(*_TRAINING), Student
-):
+class DreamBoothTraining(PresetSampling, Training.preset_decides(*_TRAINING), Teacher):
     """Notebook 05: a small model learns one subject; the defaults are BK-SDM's scripts'."""
 
     notebook: ClassVar[str] = "05_dreambooth"
-
     ema_decay: float = parameter(0.0, "decay of averaged weights; 0 keeps no average")
     scheduler: SCHEDULERS | None = parameter("dpm++", "pndm, dpm++, euler, ddim or lcm; None is the teacher's own")
     student: PathText | None = parameter(None, "U-Net folder or hub id; None: notebook 03's of this variant")

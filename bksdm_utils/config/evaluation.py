@@ -1,14 +1,12 @@
-"""Parameters of sampling and of notebook 04."""
+"""Parameters of sampling and of notebooks 04 and 07."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from .base import PathText, Positive, Seed, parameter
-from .shared import Common, Sampling, Student
+from .base import PathText, Positive, Processes, Seed, parameter
+from .shared import Common, Sampling, Teacher
 from .training import Side
-
-ImageFormat = Literal["png", "jpeg"]
 
 
 class FolderSampling(Sampling):
@@ -16,7 +14,7 @@ class FolderSampling(Sampling):
 
     seed: Seed = parameter(0, "of the noise, together with each image's id")
     size: Side | None = parameter(None, "pixels a side; None is what the U-Net was trained for")
-    image_format: ImageFormat = parameter("png", "png, or jpeg of quality 75 as in the paper")
+    image_format: Literal["png", "jpeg"] = parameter("png", "png, or jpeg of quality 75 as in the paper")
     batch_size: Positive = parameter(16, "images in one pass on a GPU; on a CPU passes have a fixed size")
 
 
@@ -32,12 +30,11 @@ class SampleFolder(FolderSampling, Common):
 
 
 class CocoEvaluation(
-    FolderSampling.preset_decides("num_inference_steps", "guidance_scale", "image_format", "batch_size"), Student
+    FolderSampling.preset_decides("num_inference_steps", "guidance_scale", "image_format", "batch_size"), Teacher
 ):
     """Notebook 04: scores of teacher and students by a named protocol."""
 
     notebook: ClassVar[str] = "04_coco_evaluation"
-
     students: tuple[str, ...] = parameter((), "U-Net folders or hub ids, commas between; none: notebook 03's")
     untrained: bool | None = parameter(None, "also sample students with copied and with random weights")
     protocol: Literal["storybook", "paper", "clean"] | None = parameter(None, "storybook, paper or clean")
@@ -47,8 +44,14 @@ class CocoEvaluation(
     num_images: Positive | None = parameter(None, "captions sampled by each model")
     guidances: tuple[float, ...] = parameter((1.0, 2.0, 4.0, 8.0), "guidance scales compared; empty leaves it out")
     num_guidance_images: Positive = parameter(40, "images for each guidance scale")
-    num_processes: Positive | None = parameter(
-        None, "None samples in this kernel; a number in processes that outlive it"
-    )
+    num_processes: Processes = parameter(None, "None samples in this kernel; a number in processes that outlive it")
     images_dir: PathText | None = parameter(None, "folder of the images; None: outputs/cache/images")
     resume: bool = parameter(True, "keep the images that exist; no samples those of these captions anew")
+
+
+class Results(Common):
+    """Notebook 07: all runs in one table."""
+
+    notebook: ClassVar[str] = "07_results"
+    runs_dir: PathText | None = parameter(None, "folder with the runs; None: outputs")
+    readme: PathText | None = parameter(None, "Markdown file whose table between the marks students is written anew")

@@ -21,11 +21,7 @@ def find_plan(variant: str | RemovalPlan, teacher_config: Mapping) -> RemovalPla
 
 
 def plan_name(variant: str) -> str:
-    """The name of the plan that `variant` leads to, without a teacher.
-
-    Raises:
-        ValueError: as `find_plan`.
-    """
+    """The name of the plan that `find_plan` would find, without a teacher; raises the same."""
     return _read(variant).name if variant.endswith(".json") else check_variant(variant)
 
 

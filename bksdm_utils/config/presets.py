@@ -73,9 +73,9 @@ _PAPER_EVALUATION = {
 # BK-SDM's finetune_full.sh and finetune_lora.sh.
 _PAPER_DREAMBOOTH = {
     "resolution": None, "subject": "dog2", "identifier": "sks", "max_train_steps": 800, "batch_size": 1,
-    "full_learning_rate": 1e-6,
-    "lora_learning_rate": 1e-4, "lr_schedule": "constant", "lr_warmup_steps": 0, "train_text_encoder": True,
-    "num_class_images": 200, "lora_targets": ("to_q", "to_v"), "clip": "openai/clip-vit-base-patch32",
+    "full_learning_rate": 1e-6, "lora_learning_rate": 1e-4, "lr_schedule": "constant", "lr_warmup_steps": 0,
+    "train_text_encoder": True, "num_class_images": 200, "lora_targets": ("to_q", "to_v"),
+    "clip": "openai/clip-vit-base-patch32",
 }  # fmt: skip
 
 
@@ -104,14 +104,3 @@ PRESETS: dict[str, Preset] = {
                    sampling_batch_size=4),
     )
 }  # fmt: skip
-
-
-def find_preset(name: str) -> Preset:
-    """A preset by name.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}: expected one of {', '.join(PRESETS)}")
-    return PRESETS[name]

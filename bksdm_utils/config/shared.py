@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from typing_extensions import Self
 
 from .base import Config, Device, NonNegative, PathText, Positive, Seed, parameter
-from .presets import PRESETS, Preset, find_preset
+from .presets import PRESETS, Preset
 
 SCHEDULERS = Literal["pndm", "dpm++", "euler", "ddim", "lcm"]
 VARIANTS = "bk_base, bk_small, bk_tiny; SDXL: bk_sdxl_base, bk_sdxl_small, koala_1b, koala_700m; or a plan's .json"
@@ -22,12 +22,11 @@ class Common(Config):
 
 
 class Teacher(Common):
-    """The teacher and the settings that suit it; `filled` gives the preset's values to what is None."""
-
-    preset_class: ClassVar[str | None] = None  # whose values a preset has; the class's own name by default
+    """The teacher, the plan of its student, and a preset, whose values `filled` gives to what is None."""
 
     preset: str = parameter("storybook", f"{', '.join(PRESETS)}; decides what is None below")
     teacher: PathText | None = parameter(None, "any diffusers Stable Diffusion folder or hub id")
+    variant: str | None = parameter(None, VARIANTS)
 
     @classmethod
     def filled(cls, **values: object) -> Self:
@@ -37,26 +36,20 @@ class Teacher(Common):
             ValueError: an unknown preset or parameter, or a value that does not fit.
         """
         given = cls(**values)
-        preset = find_preset(given.preset)
-        own = {name: value for name, value in preset.values_for(cls.preset_class or cls.__name__).items()
-               if name in cls.model_fields and getattr(given, name) is None}  # fmt: skip
-        return given.but(**own)
+        preset = given.chosen_preset.values_for(cls.__name__).items()
+        return given.but(**{n: v for n, v in preset if n in cls.model_fields and getattr(given, n) is None})
 
     @property
     def chosen_preset(self) -> Preset:
-        """The preset itself."""
-        return find_preset(self.preset)
+        """The preset itself; ValueError where there is none of this name."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}: expected one of {', '.join(PRESETS)}")
+        return PRESETS[self.preset]
 
     @property
     def own_teacher(self) -> bool:
         """Whether the teacher is another than the preset's."""
         return self.teacher not in (None, self.chosen_preset.teacher)
-
-
-class Student(Teacher):
-    """A teacher and the removal plan of its student."""
-
-    variant: str | None = parameter(None, VARIANTS)
 
 
 class Sampling(Config):
@@ -65,3 +58,8 @@ class Sampling(Config):
     num_inference_steps: Positive = parameter(25, "denoising steps for each image")
     guidance_scale: NonNegative = parameter(7.5, "strength of classifier-free guidance")
     scheduler: SCHEDULERS | None = parameter(None, "pndm, dpm++, euler, ddim or lcm; None is the teacher's own")
+
+
+PresetSampling = Sampling.preset_decides("num_inference_steps", "guidance_scale")
+
+Student = Teacher  # until config/training.py names it so

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .base import Config, PathText, Positive, parameter
-from .shared import Common, Student
+from .shared import Common, Teacher
 from .training import Count
 
 
@@ -22,7 +22,6 @@ class StorybookWorld(Samples, Common):
     """Notebook 00: the embedded teacher, and how it was made."""
 
     notebook: ClassVar[str] = "00_storybook_world"
-
     num_images: Positive = parameter(32, "held-out captions sampled and scored, 3 or more")
     guidance_scale: float = parameter(2.0, "strength of classifier-free guidance")
     clip: PathText = parameter("data/storybook/clip", "CLIP folder or hub id of the scores")
@@ -30,20 +29,18 @@ class StorybookWorld(Samples, Common):
     train_steps: Positive | None = parameter(None, "optimizer steps of each network, to try it out; None is all")
 
 
-class ArchitectureSurgery(Samples, Student):
+class ArchitectureSurgery(Samples, Teacher):
     """Notebook 01: plans, costs, and what each removal does."""
 
     notebook: ClassVar[str] = "01_architecture_surgery"
-
     num_inference_steps: Positive = parameter(20, "denoising steps for each image")
     student: PathText | None = parameter(None, "somebody's U-Net folder or hub id, to find out which plan it follows")
     greedy_steps: Count = parameter(6, "how many units are removed one after another")
     latency_repeats: Count | None = parameter(None, "timed passes of each U-Net; 0 leaves the timing out")
 
 
-class WeightCopying(Samples, Student):
+class WeightCopying(Samples, Teacher):
     """Notebook 02: where each student weight comes from."""
 
     notebook: ClassVar[str] = "02_weight_copying"
-
     num_images: Positive = parameter(6, "held-out captions sampled and scored")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import nbformat
 from pydantic.fields import FieldInfo
 
 from ..config.base import Config
 from ..config.deploy import DemoAndExport
 from ..config.dreambooth import DreamBoothTraining
-from ..config.evaluation import CocoEvaluation
-from ..config.results import Results
+from ..config.evaluation import CocoEvaluation, Results
 from ..config.surgery import ArchitectureSurgery, StorybookWorld, WeightCopying
 from ..config.training import KDTraining
 from ..files import ROOT
@@ -41,9 +39,9 @@ def find_notebook(name: str) -> tuple[Path, type[Config]]:
 
 def literal(field: FieldInfo) -> str:
     """A default as the parameters cell writes it: lists are texts with commas."""
-    return repr(field.default).replace("'", '"') if not isinstance(field.default, tuple) else (
-        '"' + ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in field.default) + '"'
-    )  # fmt: skip
+    if isinstance(field.default, tuple):
+        return '"' + ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in field.default) + '"'
+    return repr(field.default).replace("'", '"')
 
 
 def parameters_cell(kind: type[Config]) -> str:
@@ -53,15 +51,7 @@ def parameters_cell(kind: type[Config]) -> str:
 
 def parameters_help(kind: type[Config]) -> str:
     """The same as help text."""
-    return "\n".join(
-        f"  {name:<28} {field.description} [{literal(field)}]" for name, field in kind.model_fields.items()
-    )
-
-
-def read_parameters_cell(notebook: Path) -> str:
-    """The source of the cell tagged parameters."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    return next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ()))
+    return "\n".join(f"  {name:<28} {f.description} [{literal(f)}]" for name, f in kind.model_fields.items())
 
 
 def assigned_parameters(sources: Iterable[str], kind: type[Config]) -> set[str]:
@@ -69,12 +59,9 @@ def assigned_parameters(sources: Iterable[str], kind: type[Config]) -> set[str]:
     names: set[str] = set()
     for source in sources:
         try:
-            assigned = _assignments(source)
+            assigned = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
         except (SyntaxError, ValueError, AttributeError):
             continue
-        names |= set(assigned) if set(assigned) & set(kind.model_fields) else set()
+        if assigned.keys() & kind.model_fields.keys():
+            names |= assigned.keys()
     return names
-
-
-def _assignments(source: str) -> Mapping[str, object]:
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}

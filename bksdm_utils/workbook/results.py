@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..config.presets import find_preset
+from ..config.presets import PRESETS
 from ..core.plans import student_config
 from ..costs.counting import count
 from ..dreambooth.scores import table as subject_scores
@@ -166,7 +166,7 @@ def subjects_table(results: Sequence[Mapping]) -> pd.DataFrame:
 def published(scores: pd.DataFrame) -> Iterator[tuple[str, Groups]]:
     """Teacher and points of a figure for each teacher of the BK-SDM paper."""
     for preset, rows in scores[scores["source"] == "arXiv 2305.15798"].groupby("teacher"):
-        config = model_config(find_preset(preset).configs)
+        config = model_config(PRESETS[preset].configs)
         whole, groups = count(config), {"teacher": {}}
         for row in rows.fillna({"variant": "teacher"}).itertuples():
             own = whole if row.variant == "teacher" else count(student_config(config, row.variant))
