@@ -6,13 +6,12 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_origin
 
 from ..config.base import Config, is_text, kind_of
-from ..config.plan_files import plan_name
 from ..files import ROOT
 from .parameters import CLASSES, NOTEBOOKS, find_notebook
 from .run import fill, run_name
@@ -42,27 +41,21 @@ def plan_jobs(
         ValueError: an unknown notebook or parameter, or a value that does not fit.
     """
     names = [*parameters, *(sweep or {})]
-    found = _having(names) if "all" in notebooks else [find_notebook(name) for name in notebooks]
-    jobs, used = [], set()
-    for path, kind in found:
+    if "all" in notebooks:
+        notebooks = [number for number, kind in CLASSES.items() if set(names) <= set(kind.model_fields)]
+    if not notebooks:
+        raise ValueError(f"no notebook has all of {', '.join(names)}: see bksdm run NOTEBOOK --help")
+    jobs = []
+    for path, kind in map(find_notebook, notebooks):
         choices = {name: _values(kind, name, value) for name, value in parameters.items()}
         choices |= {name: list(dict.fromkeys(values)) for name, values in (sweep or {}).items()}
         swept = [name for name, values in choices.items() if len(values) > 1]
-        several = len(found) > 1 or bool(swept)
+        several = len(notebooks) > 1 or bool(swept)
         for values in itertools.product(*choices.values()):
             given = dict(zip(choices, values, strict=True))
-            config = fill(kind, given)
-            if getattr(config, "variant", None):
-                plan_name(config.variant)  # an unknown one is an error
-            jobs.append(Job(path, given, _unused(_job_dir(path, config, swept, several), used)))
+            folder = _folder(path, fill(kind, given), swept, several, {job.dir for job in jobs})
+            jobs.append(Job(path, given, folder))
     return jobs
-
-
-def _having(names: Iterable[str]) -> list[tuple[Path, type[Config]]]:
-    found = [find_notebook(number) for number, kind in CLASSES.items() if set(names) <= set(kind.model_fields)]
-    if not found:
-        raise ValueError(f"no notebook has all of {', '.join(names)}: see bksdm run NOTEBOOK --help")
-    return found
 
 
 def _values(kind: type[Config], name: str, value: object) -> list[object]:
@@ -75,18 +68,13 @@ def _values(kind: type[Config], name: str, value: object) -> list[object]:
     return [value] if one else list(dict.fromkeys(part.strip() for part in value.split(",")))
 
 
-def _job_dir(path: Path, config: Config, swept: Sequence[str], several: bool) -> Path:
-    """One job may name its folder; several get folders of their own below it."""
-    root = Path(config.output_dir).resolve() if config.output_dir else None
-    return root if root and not several else (root or ROOT / "outputs") / path.stem / run_name(config, swept)
-
-
-def _unused(folder: Path, used: set[Path]) -> Path:
-    """The folder, numbered where another run of this sweep has it already."""
+def _folder(path: Path, config: Config, swept: Sequence[str], several: bool, used: set[Path]) -> Path:
+    """One job may name its folder; several get folders of their own below it, with a number where a name is used."""
+    name = run_name(config, swept)  # an unknown variant is an error
+    root = Path(config.output_dir).resolve() if config.output_dir else ROOT / "outputs"
+    folder = root if config.output_dir and not several else root / path.stem / name
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    free = next(path for path in itertools.chain([folder], numbered) if path not in used)
-    used.add(free)
-    return free
+    return next(free for free in itertools.chain([folder], numbered) if free not in used)
 
 
 def execute(job: Job) -> tuple[str, float, str]:

@@ -34,12 +34,11 @@ def with_mathml(markdown: str) -> str:
     from latex2mathml.converter import convert
 
     def formula(match: re.Match) -> str:
-        tex, display = (match["block"], "block") if match["block"] else (match["inline"], "inline")
+        tex = match["block"] or match["inline"]
         if tex is None:
             return match[0]
-        return (
-            convert(tex.strip(), display=display).replace("|", "&#x7C;").replace("*", "&#x2A;").replace("_", "&#x5F;")
-        )
+        mathml = convert(tex.strip(), display="block" if match["block"] else "inline")
+        return mathml.replace("|", "&#x7C;").replace("*", "&#x2A;").replace("_", "&#x5F;")
 
     return FORMULA.sub(formula, markdown)
 

@@ -111,8 +111,10 @@ def start(kind: type[Config], variables: Mapping[str, object]) -> Run:
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not pass for this one's
     write_json(folder / "config.json", config.model_dump(mode="json"))
     preset = getattr(config, "chosen_preset", STORYBOOK)
-    run = Run(config, preset, plan, folder, provenance(config.device), preset.measured and _is_standard(kind, given))
-    print(describe(run))
+    p = provenance(config.device)
+    run = Run(config, preset, plan, folder, p, preset.measured and _is_standard(kind, given))
+    name, versions = folder_name(preset.name, run.variant), f"torch {p['torch']}, diffusers {p['diffusers']}"
+    print(f"{name} on {p['device']} | {versions} | commit {p['commit']} | {relative(folder)}")
     return run
 
 
@@ -122,10 +124,9 @@ def fill(kind: type[Config], given: Mapping[str, object]) -> Config:
 
 
 def _is_standard(kind: type[Config], given: Mapping[str, object]) -> bool:
-    config, default = kind(**given), kind()
-    changed = {name for name, value in config.values().items() if value != getattr(default, name)}
-    own_plan = str(getattr(config, "variant", None)).endswith(".json")
-    return changed <= {"variant", "output_dir", "device"} and not own_plan
+    values, default = kind(**given).values(), kind().values()
+    changed = {name for name, value in values.items() if value != default[name]}
+    return changed <= {"variant", "output_dir", "device"} and not str(values.get("variant")).endswith(".json")
 
 
 def choose_device(device: str) -> str:
@@ -155,16 +156,13 @@ def folder_name(preset: str, variant: str | None) -> str:
 
 def run_name(config: Config, swept: Sequence[str] = ()) -> str:
     """The name of a run's folder: preset, variant, the subject where one is named, and what is swept."""
-    values = config.values()
-    subject = ["subject"] if values.get("subject") not in (None, _preset_subject(config)) else []
+    values, subject = config.values(), []
+    if values.get("subject") is not None:
+        own = config.chosen_preset.values_for(type(config).__name__).get("subject")
+        subject = ["subject"] if values["subject"] != own else []
     named = dict.fromkeys(name for name in (*subject, *swept) if name not in ("preset", "variant"))
     parts = [plan_name(values["variant"])] if values.get("variant") else []
     return folder_name(values.get("preset", "storybook"), "-".join([*parts, *(f"{n}_{values[n]}" for n in named)]))
-
-
-def _preset_subject(config: Config) -> object:
-    preset = getattr(config, "chosen_preset", None)
-    return preset.values_for(type(config).__name__).get("subject") if preset else None
 
 
 def student_folder(config: Config) -> Path:
@@ -174,20 +172,15 @@ def student_folder(config: Config) -> Path:
 
 def provenance(device: str) -> dict:
     """Device, versions, commit and time of a run."""
-    packages = ("torch", "diffusers", "transformers", "accelerate")
-    return {
-        "device": _device_name(device), "python": platform.python_version(),
-        **{name: version(name) for name in packages}, "commit": _commit(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    name = f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
+    if device == "cuda":
+        import torch
 
-
-def describe(run: Run) -> str:
-    """The one line that a run begins with."""
-    p = run.provenance
-    versions = f"torch {p['torch']}, diffusers {p['diffusers']}"
-    name = folder_name(run.preset.name, run.variant)
-    return f"{name} on {p['device']} | {versions} | commit {p['commit']} | {relative(run.dir)}"
+        name = torch.cuda.get_device_name()
+    packages = {package: version(package) for package in ("torch", "diffusers", "transformers", "accelerate")}
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    python = platform.python_version()
+    return {"device": name, "python": python, **packages, "commit": _commit(), "started": started}
 
 
 def check(condition: object, proved: str) -> None:
@@ -201,25 +194,13 @@ def check(condition: object, proved: str) -> None:
     print(f"✓ {proved}")
 
 
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    return f"{device} ({platform.machine()}, {os.cpu_count()} cores)"
-
-
 def _commit() -> str:
     """The commit of this project; unknown where it is not a repository of its own."""
+    command = ["git", "--git-dir", ".git", "--work-tree", ".", "describe", "--always", "--dirty"]
     try:
-        top = _git("rev-parse", "--show-toplevel")
-        return _git("describe", "--always", "--dirty") if top and Path(top).resolve() == ROOT else "unknown"
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def relative(path: Path) -> str:

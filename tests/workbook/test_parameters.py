@@ -1,5 +1,6 @@
 """The notebooks' parameters cells, and the names by which notebooks are found."""
 
+import nbformat
 import pytest
 
 from bksdm_utils.workbook.parameters import (
@@ -8,7 +9,6 @@ from bksdm_utils.workbook.parameters import (
     find_notebook,
     parameters_cell,
     parameters_help,
-    read_parameters_cell,
 )
 
 KINDS = list(CLASSES.values())
@@ -17,7 +17,9 @@ KINDS = list(CLASSES.values())
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_parameters_cell_repeats_the_class(kind):
     path, _ = find_notebook(kind.notebook)
-    lines = [line for line in read_parameters_cell(path).splitlines() if line and not line.startswith("# ")]
+    cells = nbformat.read(path, as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    lines = [line for line in cell.source.splitlines() if line and not line.startswith("# ")]
     assert lines == parameters_cell(kind).splitlines()
 
 
