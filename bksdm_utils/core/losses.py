@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +62,27 @@ class KDLosses:
         return losses | {f"feature/{tap}": value for tap, value in self.feature.items()}
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Within it each operation computes in the precision of its inputs; the meta device knows no other way."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+class _MeanSquare(torch.autograd.Function):
+    """`F.mse_loss` in fp32 that keeps its inputs in their own precision for the backward pass, half of the memory."""
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(student, teacher)
+        return F.mse_loss(student.float(), teacher.float())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        student, teacher = ctx.saved_tensors
+        mean = 1  # as torch numbers its reductions
+        return torch.ops.aten.mse_loss_backward(gradient, student.float(), teacher.float(), mean).to(student), None
+
+
 def kd_losses(
     prediction: torch.Tensor, teacher_prediction: torch.Tensor, target: torch.Tensor,
     features: Mapping[str, tuple[torch.Tensor, torch.Tensor]], weights: LossWeights = LossWeights(),
@@ -79,7 +101,7 @@ def kd_losses(
     feature = {}
     for tap, (student, teacher) in features.items():
         scale = teacher.float().square().mean().clamp(min=1e-12) if weights.normalise else 1.0
-        feature[tap] = weights.taps.get(tap, 1.0) * F.mse_loss(student.float(), teacher.float()) / scale
+        feature[tap] = weights.taps.get(tap, 1.0) * _MeanSquare.apply(student, teacher) / scale
     total = weights.sd * task + weights.kd_output * output + weights.kd_feat * sum(feature.values())
     return KDLosses(task, output, feature, total)
 
@@ -153,10 +175,12 @@ class Distillation:
         self.teacher_taps.listen()
         self.student_taps.listen()
         teacher_prediction = None
-        with torch.no_grad():
+        # The frozen networks compute in the precision of their weights: autocast would only cast to and fro.
+        with torch.no_grad(), no_autocast(noisy_latents.device):
             kwargs = self.conditioning(batch.token_ids)
             if self.weights.kd_output or self.teacher_taps.names:
-                teacher_prediction = self.teacher(noisy_latents, batch.timesteps, **kwargs).sample
+                sample = noisy_latents.to(self.teacher.dtype)
+                teacher_prediction = self.teacher(sample, batch.timesteps, **kwargs).sample
         prediction = student(noisy_latents, batch.timesteps, **kwargs).sample
         if teacher_prediction is None:
             teacher_prediction = prediction.detach()

@@ -84,13 +84,13 @@ def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1, sample_size: in
         unet(**inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         unet(**inputs)
     tensors = [*unet.parameters(), *unet.buffers(), *(x for x in inputs.values() if isinstance(x, torch.Tensor))]
     return live.peak + sum(t.numel() * t.element_size() for t in tensors)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations make and that are still referred to; `peak` is the most at one time."""
 
     def __init__(self):

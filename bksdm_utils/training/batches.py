@@ -8,6 +8,7 @@ import torch
 
 from ..config.training import KDTraining
 from ..core.losses import Batch
+from .encoding import to_device
 from .rng import BatchRng
 
 
@@ -55,20 +56,19 @@ class KDBatches:
 
     def __call__(self, rng: BatchRng) -> Batch:
         """One micro-batch."""
-        latents, token_ids = self.data.batch(rng, self.device)
-        noise = rng.normal(*latents.shape[1:]).to(latents)
+        latents, token_ids = self.data.batch(rng)
+        noise = rng.normal(*latents.shape[1:])
         timesteps = rng.integers(self.num_train_timesteps)
         if self.noise_offset:
-            noise = noise + self.noise_offset * rng.normal(noise.shape[1], 1, 1).to(noise)
+            noise = noise + self.noise_offset * rng.normal(noise.shape[1], 1, 1)
         if self.random_conditioning:
             probability = random_conditioning_probability(timesteps, self.num_train_timesteps, self.random_conditioning)
             others, replaced = self.data.other_token_ids(rng), rng.uniform() < probability
             token_ids = _where(replaced, others, token_ids)
         if self.caption_dropout:
             token_ids = _where(rng.uniform() < self.caption_dropout, self.data.empty_ids, token_ids)
-        return Batch(latents, noise, timesteps.to(latents.device), token_ids)
+        return Batch(*(to_device(tensor, self.device) for tensor in (latents, noise, timesteps, token_ids)))
 
 
 def _where(condition: torch.Tensor, ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    condition = condition.view(-1, *[1] * (others.ndim - 1)).to(others.device)
-    return torch.where(condition, ids.to(others.device), others)
+    return torch.where(condition.view(-1, *[1] * (others.ndim - 1)), ids, others)

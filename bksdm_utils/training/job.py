@@ -14,21 +14,23 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from .. import processes
 from ..config.plan_files import find_plan
 from ..config.training import KDTraining, Training
-from ..core.families import TextConditioning, vae_overflows_in_fp16
+from ..core.families import TextConditioning
 from ..core.losses import Batch, Distillation, LossWeights
 from ..core.plans import RemovalPlan
 from ..core.surgery import build_student
 from ..core.taps import tap_pairs
 from ..files import CsvLog, folder_lock, read_log
+from ..models.devices import DTYPES, supported_precision
 from ..models.pipelines import Pipeline, load_pipeline, with_unet
 from .batches import KDBatches
 from .latents import LatentDataset, load_data
+from .micro_batch import find_micro_batch
+from .speed import speed_up
 from .step import Step
 from .streams import StreamedDataset
 from .trainer import Trainer
 
 LOGS = ("log.csv", "validation.csv")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Validation = Callable[[Pipeline], Mapping[str, float]]  # scores of a pipeline
 
 
@@ -38,7 +40,7 @@ class KDJob:
 
     Attributes:
         pairs: (teacher module, student module) whose outputs are compared.
-        validate_pipeline: called with the pipeline around the averaged student; it returns scores.
+        validate_pipeline: called with the pipeline around the averaged student; it returns scores. None scores nothing.
     """
 
     config: KDTraining
@@ -50,7 +52,7 @@ class KDJob:
     conditioning: TextConditioning
     noise_schedule: DDPMScheduler
     pairs: list[tuple[str, str]]
-    validate_pipeline: Validation
+    validate_pipeline: Validation | None
     trainer: Trainer | None = None
     log: CsvLog | None = field(default=None, repr=False)
     validation: CsvLog | None = field(default=None, repr=False)
@@ -70,19 +72,24 @@ class KDJob:
             self.trainer = Trainer(self.student, settings, self.dir, resume, self._fingerprint(), name="unet")
             self.log, self.validation = (CsvLog(self.dir / name, self.trainer.step) for name in LOGS)
         if self.config.find_batch_size:
-            rates = self.trainer.find_micro_batch(self.losses, self.batches(self.config))
+            rates = find_micro_batch(self.trainer, self.losses, self.batches(self.config))
             print(f"images/s by micro-batch {rates}: using {self.trainer.micro_batch_size}")
 
     def progress(self, num_processes: int | None = None) -> Iterator[tuple[list[dict], list[dict]]]:
         """Trains, here or in `num_processes` processes of their own; yields the rows of log and validation so far.
 
         Those processes outlive this one: called again, also by another kernel, this follows them.
+
+        Raises:
+            ValueError: more processes than GPUs.
         """
         if num_processes is None:
             self.begin(self.config.resume)
             for _ in self.steps():
                 yield self.log.rows, self.validation.rows
             return
+        if self.pipe.device.type == "cuda" and num_processes > (gpus := torch.cuda.device_count()):
+            raise ValueError(f"num_processes is {num_processes}: expected at most {gpus}, one for each GPU")
         if not (self.config.resume or processes.running(self.dir)):
             with folder_lock(self.dir):
                 for name in LOGS:  # an older run's, which would pass for this one's until its first step
@@ -134,9 +141,9 @@ class KDJob:
             self.distillation.close()
 
     def validate(self) -> None:
-        """Scores images of the averaged student, on the same captions and noise each time."""
+        """Scores images of the averaged student, on the same captions and noise each time; needs a metric network."""
         trainer = self.trainer
-        if not trainer.accelerator.is_main_process:
+        if not trainer.accelerator.is_main_process or self.validate_pipeline is None:
             return
         with trainer.ema_weights() as averaged:
             trainer.scores = self.validate_pipeline(with_unet(self.pipe, averaged))
@@ -144,25 +151,18 @@ class KDJob:
         trainer.track(trainer.scores)
 
 
-def prepare(config: KDTraining, folder: Path, device: str, validate: Validation) -> KDJob:
+def prepare(config: KDTraining, folder: Path, device: str, validate: Validation | None) -> KDJob:
     """Loads the teacher, cuts the student out of it, encodes or opens the data."""
     pipe = load_pipeline(config.teacher, device)
     plan = find_plan(config.variant, pipe.unet.config)
     student = build_student(pipe.unet, plan)  # in full precision, from the teacher before it is rounded
-    if config.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    dtype = DTYPES[precision(config, device)]
-    if dtype is torch.float16 and vae_overflows_in_fp16(pipe):
-        raise ValueError("SDXL's autoencoder overflows in fp16: use mixed_precision bf16 or no")
-    pipe.to(dtype=dtype)
-    for unet in (pipe.unet, student):
-        unet.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-        if config.compiled:
-            torch._dynamo.config.skip_nnmodule_hook_guards = False  # taps may come after the first pass
-            unet.compile()
+    data = load_data(config, pipe, config.seed)  # latents too: the autoencoder stays in full precision
+    conditioning = TextConditioning(pipe, config.resolution)
+    for part in (pipe.unet, *conditioning.encoders):
+        torch.nn.Module.to(part, DTYPES[precision(config, device)])  # diffusers' own logs a warning
+    speed_up(pipe.unet, student, config)
     return KDJob(
-        config, plan, folder, pipe, student, load_data(config, pipe, config.seed),
-        TextConditioning(pipe, config.resolution), DDPMScheduler.from_config(pipe.scheduler.config),
+        config, plan, folder, pipe, student, data, conditioning, DDPMScheduler.from_config(pipe.scheduler.config),
         tap_pairs(plan, pipe.unet.config, config.kd), validate,
     )  # fmt: skip
 
@@ -186,8 +186,8 @@ def short_run(job: KDJob, steps: int, seed: int, copied: bool = True, **changes:
 
 
 def precision(config: Training, device: str) -> str:
-    """The compute precision: the parameter's on a GPU; on other devices full, where half is slower or untested."""
-    return config.mixed_precision if device == "cuda" else "no"
+    """The precision that a run computes in on this device."""
+    return supported_precision(config.mixed_precision, device)
 
 
 def training_settings(config: Training, device: str) -> Training:
@@ -211,7 +211,7 @@ def describe(job: KDJob) -> str:
             f"{teacher / 1e9:.2f}; disk: {kept} checkpoints of {one / 1e9:.2f} GB")  # fmt: skip
 
 
-def train(config: KDTraining, folder: Path, device: str, validate: Validation) -> None:
+def train(config: KDTraining, folder: Path, device: str, validate: Validation | None) -> None:
     """Trains to the end, in as many processes as it is launched in; leaves checkpoints, unet, unet_ema."""
     state, printed = PartialState(cpu=device == "cpu"), 0.0
     with folder_lock(folder):

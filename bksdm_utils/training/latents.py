@@ -78,12 +78,12 @@ class LatentDataset:
                      for name in ("mean", "std"))  # fmt: skip
         return mean, std
 
-    def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
+    def batch(self, rng: BatchRng) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T), on the CPU."""
         mean, std = self.moments(rng.indices, rng.integers(self._sides).tolist())
         latents = mean + std * rng.normal(*self.shape)
         chosen = torch.tensor(rng.choose(self._num_captions[rng.indices].tolist()))
-        return latents.to(device), self.token_ids[self._first_caption[rng.indices] + chosen].to(device)
+        return latents, self.token_ids[self._first_caption[rng.indices] + chosen]
 
     def other_token_ids(self, rng: BatchRng) -> torch.Tensor:
         """Token ids of captions chosen from all, whatever their images."""

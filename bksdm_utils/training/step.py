@@ -19,13 +19,13 @@ class Step:
 
     Attributes:
         step: its number, from 1.
-        losses: detached scalars, still on the device.
+        losses: by name, means over the global batch.
         gradient_norm: before clipping.
         skipped: whether the step was left out because its gradient was not finite.
     """
 
     step: int
-    losses: dict[str, torch.Tensor]
+    losses: dict[str, float]
     gradient_norm: float
     skipped: bool
     learning_rate: float
@@ -33,10 +33,9 @@ class Step:
     images_per_second: float
 
     def floats(self) -> dict[str, float]:
-        """Everything as plain numbers, and the memory in use in GB; here the losses leave the device."""
-        values = torch.stack([torch.as_tensor(value).float() for value in self.losses.values()]).tolist()
-        return {"step": self.step, **dict(zip(self.losses, values, strict=True)), "gradient_norm": self.gradient_norm,
-                "skipped": float(self.skipped), "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3),
+        """Everything as one row of numbers, and the memory in use in GB."""
+        return {"step": self.step, **self.losses, "gradient_norm": self.gradient_norm, "skipped": float(self.skipped),
+                "learning_rate": self.learning_rate, "seconds": round(self.seconds, 3),
                 "images_per_second": round(self.images_per_second, 2), "memory_gb": memory()}  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ..config.training import TrainingData
 from ..data.examples import captions_of, open_table
 from ..data.images import open_image, to_pixels
 from ..files import in_threads
-from .encoding import encoding_batch, posterior, token_ids
+from .encoding import encoding_batch, posterior, to_device, token_ids
 from .rng import BatchRng
 
 SHUFFLE_BUFFER = 1000  # rows among which a stream is shuffled
@@ -47,8 +47,8 @@ class StreamedDataset:
         self._reader = ThreadPoolExecutor(1)  # reads one global batch ahead
         self._stream, self._position, self._ahead, self._now = None, 0, None, (-1, [])
 
-    def batch(self, rng: BatchRng, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (B, 4, h, w) sampled from the posterior, and token ids (B, T) or (B, 2, T)."""
+    def batch(self, rng: BatchRng) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, 4, h, w) sampled from the posterior, on the VAE's device, and token ids (B, T) or (B, 2, T)."""
         rows = self._global_batch(rng.step, rng.global_batch_size)
         opened = list(in_threads(lambda position: self._usable(rows, position), rng.positions))
         sides = rng.integers(1 + self.config.flip).tolist()
@@ -56,10 +56,10 @@ class StreamedDataset:
         with torch.no_grad():
             parts = [posterior(self.pipeline, part) for part in pixels.split(encoding_batch(self.config.resolution))]
         mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
-        latents = mean.to(device) + std.to(device) * rng.normal(*self.shape).to(device)
+        latents = mean + std * to_device(rng.normal(*self.shape), mean.device)
         chosen = rng.choose([len(captions) for _, captions in opened])
         texts = [captions[i] for (_, captions), i in zip(opened, chosen, strict=True)]
-        return latents, token_ids(self.pipeline, texts).to(device)
+        return latents, token_ids(self.pipeline, texts)
 
     def other_token_ids(self, rng: BatchRng) -> torch.Tensor:
         """Token ids of captions chosen from those of the global batch, whatever their images."""

@@ -10,19 +10,19 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
-from diffusers.training_utils import EMAModel
 
-from ..config.training import Training, divisors
+from ..config.training import Training
 from ..files import check_disk, folder_lock, write_json
+from ..models.devices import DTYPES, memory_advice
 from ..models.saving import save_model, save_weights, trained_state
 from .checkpoints import Checkpoints
+from .ema import Average
 from .rng import BatchRng
 from .step import Step, signals_noted
 
@@ -56,38 +56,47 @@ class Trainer:
         self.config, self.output_dir, self.model, self.name = config, Path(output_dir), model, name
         self.fingerprint = {key: str(value) for key, value in (fingerprint or {}).items()}
         self.checkpoints = Checkpoints(self.output_dir, name, config.checkpoints_kept)
-        cpu = next(model.parameters()).device.type == "cpu"
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, cpu=cpu, log_with=list(config.trackers) or None,
-            project_dir=self.output_dir,
-        )  # fmt: skip
+        device = next(model.parameters()).device
+        # accelerate's precision holds for a whole process; ours is the trainer's own, so that runs may differ in it.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu",
+                                       log_with=list(config.trackers) or None, project_dir=self.output_dir)  # fmt: skip
+        self.dtype = DTYPES[config.mixed_precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.micro_batch_size, self.num_micro_batches = config.micro_batches(self.accelerator.num_processes)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = self._new_optimizer()
         averaged = self.parameters if config.ema_decay else []  # without an average it takes no memory
-        self.ema = EMAModel(averaged, decay=config.ema_decay, foreach=True)
-        self.ema.to(config.ema_device)
+        self.ema = Average(averaged, config.ema_decay, config.ema_device)
         self.step, self.scores, self.tracking = 0, {}, False
-        if not cpu:
+        if self.on_gpu:
+            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
             torch.cuda.reset_peak_memory_stats()  # this run's peak, not that of one before it in this process
         if resume:
             self._load(optimizer)
         elif self.accelerator.is_main_process:
             self.checkpoints.set_aside()
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # accelerate wraps forward in autocast for good; `_backward` does so itself, so sampling keeps full precision.
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model), optimizer
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator.device.type == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass in the run's precision."""
+        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        kind = torch.optim.AdamW
+        kind, options = torch.optim.AdamW, {"fused": True} if self.on_gpu else {}
         if self.config.optimizer == "adamw_8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit as kind
+
+                options = {}
             except ImportError as error:
                 raise ValueError("optimizer='adamw_8bit' needs bitsandbytes: pip install 'bksdm_utils[gpu]', or use "
                                  "'adamw'") from error  # fmt: skip
         betas = (0.9, self.config.adam_beta2)
-        return kind(self.parameters, self.config.learning_rate, betas, weight_decay=self.config.weight_decay)
+        return kind(self.parameters, self.config.learning_rate, betas, weight_decay=self.config.weight_decay, **options)
 
     def steps(self, loss_function: LossFunction, batches) -> Iterator[Step]:
         """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
@@ -104,12 +113,15 @@ class Trainer:
         """
         self.model.train()
         self.consecutive_skips = 0
+        micro_batches = self._micro_batches(batches)
         with folder_lock(self.output_dir), signals_noted() as signals:
             if self.config.checkpoint_steps and self.accelerator.is_main_process:
                 more = max(1, self.config.checkpoints_kept + 1 - len(self.checkpoints.all))
                 check_disk(self.output_dir, more * self.checkpoint_bytes, "checkpoints")
             while self.step < self.config.max_train_steps:
-                yield self._step(loss_function, batches)
+                with memory_advice(f"training on micro-batches of {self.micro_batch_size}"):
+                    step = self._step(loss_function, micro_batches)
+                yield step
                 # Only now, when the caller has logged the step, may a checkpoint say that it is done.
                 due = self.step % self.config.checkpoint_steps == 0 if self.config.checkpoint_steps else False
                 signum = self._agreed(signals)
@@ -120,36 +132,50 @@ class Trainer:
 
     def _agreed(self, signals: list[int]) -> int:
         """The signal that any of the processes got, 0 for none, so that all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return signals[0] if signals else 0
         own = torch.tensor([*signals, 0][:1], device=self.accelerator.device)
         return int(self.accelerator.gather(own).max())
 
-    def _step(self, loss_function: LossFunction, batches) -> Step:
+    def _micro_batches(self, batches) -> Iterator:
+        """Every micro-batch from here to the end; on a GPU a thread makes the next one while the GPU computes."""
+        rngs = (self._rng(step, k, batches.num_examples) for step in range(self.step, self.config.max_train_steps)
+                for k in range(self.num_micro_batches))  # fmt: skip
+        if not self.on_gpu:
+            yield from map(batches, rngs)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(batches, next(rngs)) if self.step < self.config.max_train_steps else None
+            while ahead:
+                batch, rng = ahead.result(), next(rngs, None)
+                ahead = pool.submit(batches, rng) if rng else None
+                yield batch
+
+    def _step(self, loss_function: LossFunction, micro_batches: Iterator) -> Step:
         """One optimizer step, or none where the gradient is not finite; its random numbers are used up either way."""
         started = time.perf_counter()
         rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = self._backward(loss_function, batches)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = float(norm if norm is not None else math.nan)
-        finite, scaled = math.isfinite(norm), self.accelerator.scaler is not None
-        if finite or scaled:  # fp16's scaler leaves such steps out itself, and must be given them
-            self.optimizer.step()
+        losses = self._backward(loss_function, micro_batches)
+        self.scaler.unscale_(self.optimizer)
+        losses["norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        # The only time that the host waits for a GPU; so `seconds` has the optimizer's share of the step before.
+        values = dict(zip(losses, torch.stack([v.float() for v in losses.values()]).tolist(), strict=True))
+        norm = values.pop("norm")
+        finite = math.isfinite(norm)
+        if finite or self.scaler.is_enabled():  # fp16's scaler leaves such steps out itself, and must be given them
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
-        if finite and self.config.ema_decay:
-            self._average()
         self.step += 1
+        if finite and self.config.ema_decay:
+            self.ema.step(self.parameters, flush=self.step == self.config.max_train_steps)
         self.consecutive_skips = 0 if finite else self.consecutive_skips + 1
         if self.consecutive_skips > self.config.max_skipped_steps:
             self._abort(norm)
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()  # so that the seconds are those of the step
         seconds = time.perf_counter() - started
-        return Step(self.step, losses, norm, not finite, rate, seconds, self.config.global_batch_size / seconds)
-
-    def _average(self) -> None:
-        device = self.config.ema_device
-        self.ema.step([p.to(device) for p in self.parameters] if device else self.parameters)
+        return Step(self.step, values, norm, not finite, rate, seconds, self.config.global_batch_size / seconds)
 
     def _abort(self, norm: float) -> None:
         newest = self.checkpoints.newest
@@ -164,75 +190,23 @@ class Trainer:
         print(f"stopped by {signal.Signals(signum).name} after step {self.step}{advice}", flush=True)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
-    def _backward(self, loss_function: LossFunction, batches) -> dict[str, torch.Tensor]:
+    def _backward(self, loss_function: LossFunction, micro_batches: Iterator) -> dict[str, torch.Tensor]:
         """Accumulates the gradient of one global batch; returns the losses' mean over it."""
         total = {}
         for k in range(self.num_micro_batches):
-            batch = batches(self._rng(k, batches.num_examples))
+            batch = next(micro_batches)
             self.wrapped.require_backward_grad_sync = k == self.num_micro_batches - 1
-            with self.accelerator.autocast():
+            with self.autocast():
                 losses = loss_function(self.wrapped, batch)
-            self.accelerator.backward(losses["loss"] / self.num_micro_batches)
+            self.scaler.scale(losses["loss"] / self.num_micro_batches).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, 0) + value.detach() / self.num_micro_batches
         return self.accelerator.reduce(total, "mean")
 
-    def _rng(self, micro_batch: int, num_examples: int | None) -> BatchRng:
+    def _rng(self, step: int, micro_batch: int, num_examples: int | None) -> BatchRng:
         size, config = self.micro_batch_size, self.config
         start = (micro_batch * self.accelerator.num_processes + self.accelerator.process_index) * size
-        return BatchRng(config.seed, self.step, range(start, start + size), config.global_batch_size, num_examples)
-
-    def find_micro_batch(self, loss_function: LossFunction, batches) -> dict[int, float]:
-        """Measures micro-batches by dry runs and takes the fastest that fits; the global batch stays as it is.
-
-        Nothing is trained: gradients are discarded, no step is counted. Memory that the optimizer will need is left
-        free. The search ends with the first size that does not fit, or the second in succession that is no faster.
-
-        Returns:
-            images a second, by size.
-        """
-        share, rates, slower = self.config.global_batch_size // self.accelerator.num_processes, {}, 0
-        for size in divisors(share):
-            try:
-                rate = self._dry_run(loss_function, batches, size)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                break
-            if not self._fits():
-                break
-            slower = slower + 1 if rate < 1.02 * max(rates.values(), default=0) else 0
-            rates[size] = round(rate, 2)
-            if slower == 2:
-                break
-        sizes = gather_object([max(rates, key=rates.get, default=1)])
-        self.micro_batch_size, self.num_micro_batches = min(sizes), share // min(sizes)  # what fits all processes
-        return rates
-
-    def _dry_run(self, loss_function: LossFunction, batches, size: int) -> float:
-        rng = BatchRng(self.config.seed, self.step, range(size), self.config.global_batch_size, batches.num_examples)
-        on_gpu = self.accelerator.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            for _ in range(2):  # the first pass warms up
-                started = time.perf_counter()
-                with self.accelerator.autocast():
-                    loss_function(self.model, batches(rng))["loss"].backward()
-                if on_gpu:
-                    torch.cuda.synchronize()
-            return size / (time.perf_counter() - started)
-        finally:
-            self.model.zero_grad()  # also after a pass that ran out of memory
-
-    def _fits(self) -> bool:
-        """Whether the optimizer's state would still fit on the GPU, with a tenth to spare."""
-        if self.accelerator.device.type != "cuda":
-            return True
-        free, total = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved()  # another program's, this notebook's kernel for one
-        return torch.cuda.max_memory_allocated() + self.training_bytes()["optimizer"] < 0.9 * (total - others)
+        return BatchRng(config.seed, step, range(start, start + size), config.global_batch_size, num_examples)
 
     def training_bytes(self) -> dict[str, int]:
         """Bytes that training needs whatever the batch: weights, gradients, optimizer, ema."""
@@ -293,9 +267,10 @@ class Trainer:
         if self.config.ema_decay:
             with self.ema_weights() as model:
                 save_weights(model, folder / f"{self.name}_ema")
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None  # fp16's
-        torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / "optimizer.pt")
-        info = {"step": self.step, "ema_steps": self.ema.optimization_step, "scores": self.scores}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        torch.save(state, folder / "optimizer.pt")
+        info = {"step": self.step, "ema_steps": self.ema.optimization_step, "ema_behind": self.ema.behind,
+                "scores": self.scores}  # fmt: skip
         write_json(folder / "step.json", {**info, "fixed": self._fixed()})
 
     def save_models(self) -> None:
@@ -316,13 +291,13 @@ class Trainer:
             raise ValueError(f"{folder} is of another model: it lacks {sorted(missing)[:3]}, it has "
                              f"{keys.unexpected_keys[:3]} more. Use another output_dir, or resume=False")  # fmt: skip
         optimizer.load_state_dict(saved.state["optimizer"])
-        if saved.state["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        if saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad] if saved.averaged else []
         for shadow, name in zip(self.ema.shadow_params, trained, strict=True):
             shadow.data.copy_(saved.averaged[name])
-        self.ema.optimization_step, self.step = saved.info["ema_steps"], saved.info["step"]
-        self.scores = saved.info["scores"]
+        self.ema.optimization_step, self.ema.behind = saved.info["ema_steps"], saved.info["ema_behind"]
+        self.step, self.scores = saved.info["step"], saved.info["scores"]
 
     def _fixed(self) -> dict[str, object]:
         """What must not change between a run and its resumption; rates and lengths may."""

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core.taps import tap_features
+from ..training.encoding import to_device
 from ..training.job import KDJob, short_run
 from ..training.rng import BatchRng
 
@@ -43,7 +44,7 @@ class FeatureProbe:
     def __init__(self, job: KDJob, seed: int, num_images: int = 4):
         self.job, device = job, job.pipe.device
         rng = BatchRng(seed, 0, range(num_images), num_images, job.data.num_examples)
-        self.latents, ids = job.data.batch(rng, device)
+        self.latents, ids = (to_device(values, device) for values in job.data.batch(rng))
         self.kwargs = job.conditioning(ids)
         self.noise = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
         self.teacher_taps, self.student_taps = ([pair[side] for pair in job.pairs] for side in (0, 1))

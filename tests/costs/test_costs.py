@@ -12,7 +12,7 @@ from bksdm_utils.core.families import unet_inputs
 from bksdm_utils.core.plans import free_plan, student_config
 from bksdm_utils.core.surgery import build_student, random_unet
 from bksdm_utils.costs.counting import PUBLISHED, beside_published, count, count_pipeline
-from bksdm_utils.costs.measuring import _LiveBytes, block_latency, interleaved_latency, peak_memory
+from bksdm_utils.costs.measuring import LiveBytes, block_latency, interleaved_latency, peak_memory
 from bksdm_utils.models.configs import teacher_config
 
 PARAMS = {
@@ -116,7 +116,7 @@ def test_blocks_are_timed_one_after_another_and_never_one_within_another(teacher
 
 def test_peak_memory_counts_what_is_alive_at_once():
     layers = nn.Sequential(*(nn.Linear(100, 100, bias=False) for _ in range(6)))
-    with torch.no_grad(), _LiveBytes() as live:
+    with torch.no_grad(), LiveBytes() as live:
         layers(torch.zeros(50, 100))
     input_, output = 50 * 100 * 4, 50 * 100 * 4
     assert live.peak == input_ + 2 * output  # one layer's input and output, and the very first input

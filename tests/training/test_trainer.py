@@ -16,6 +16,7 @@ from conftest import disk_full_beyond
 from bksdm_utils.config.training import Training
 from bksdm_utils.files import CsvLog
 from bksdm_utils.models.saving import save_model
+from bksdm_utils.training.micro_batch import find_micro_batch
 from bksdm_utils.training.rng import BatchRng
 from bksdm_utils.training.trainer import Trainer
 
@@ -222,7 +223,7 @@ def test_processes_share_the_global_batch_whatever_their_number():
 def test_the_search_for_a_micro_batch_trains_nothing_and_keeps_the_global_batch(tmp_path):
     _, losses = trained(tmp_path / "a")
     trainer = Trainer(model(), CONFIG, tmp_path / "b")
-    rates = trainer.find_micro_batch(loss_function, BATCHES)
+    rates = find_micro_batch(trainer, loss_function, BATCHES)
     assert set(rates) <= {1, 2, 4} and trainer.micro_batch_size == max(rates, key=rates.get)
     assert trainer.micro_batch_size * trainer.num_micro_batches == CONFIG.global_batch_size and trainer.step == 0
     again = [step.floats()["loss"] for step in trainer.steps(loss_function, BATCHES)]
@@ -236,10 +237,10 @@ def test_a_size_that_does_not_fit_ends_the_search(tmp_path):
         return loss_function(model, batch)
 
     trainer = Trainer(model(), CONFIG, tmp_path)
-    assert list(trainer.find_micro_batch(out_of_memory, BATCHES)) == [1] and trainer.num_micro_batches == 4
+    assert list(find_micro_batch(trainer, out_of_memory, BATCHES)) == [1] and trainer.num_micro_batches == 4
     broken = lambda model, batch: 1 / 0  # noqa: E731
     with pytest.raises(ZeroDivisionError):
-        trainer.find_micro_batch(broken, BATCHES)
+        find_micro_batch(trainer, broken, BATCHES)
 
 
 def test_averaged_weights_on_another_device_are_the_same(tmp_path):

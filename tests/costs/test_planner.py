@@ -1,0 +1,62 @@
+"""The memory planner against what torch's allocator counted on a stub GPU, and its advice."""
+
+import pytest
+from click.testing import CliRunner
+
+from bksdm_utils.config.training import KDTraining
+from bksdm_utils.costs.planner import distillation_memory, memory_by_micro_batch, report
+from bksdm_utils.workbook.cli import main
+
+ALLOCATED = [  # preset, variant, micro-batch, checkpointing, GB: bf16, norms in fp32, average on the GPU
+    ("sd-v1.4", "bk_base", 8, False, 21.9),
+    ("sd-v1.4", "bk_base", 8, True, 16.7),
+    ("sd-v1.4", "bk_tiny", 1, False, 10.2),
+]
+MORE = [
+    ("sd-v1.4", "bk_base", 64, False, 70.0), ("sd-v1.4", "bk_base", 64, True, 28.8),
+    ("sd-v1.4", "bk_small", 1, False, 13.8), ("sd-v1.4", "bk_small", 8, False, 19.7),
+    ("sd-v1.4", "bk_small", 64, False, 67.3), ("sd-v1.4", "bk_tiny", 8, False, 16.1),
+    ("sd-v1.4", "bk_tiny", 64, False, 63.1), ("sd-v2.1", "bk_base", 1, False, 17.5),
+    ("sd-v2.1", "bk_base", 8, False, 31.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*ALLOCATED, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
+def test_the_plan_is_what_the_allocator_counted(case):
+    preset, variant, size, checkpointing, gb = case
+    config = KDTraining.filled(preset=preset, variant=variant, batch_size=size, low_precision_norms=False,
+                               gradient_checkpointing=checkpointing)  # fmt: skip
+    assert distillation_memory(config).allocated / 1e9 == pytest.approx(gb, rel=0.05)  # features were kept in fp32 then
+
+
+def narrow(pipeline_dir, **changes):
+    own = {"preset": "sd-v1.4", "teacher": str(pipeline_dir), "resolution": 64, "batch_size": 8}
+    return KDTraining.filled(**own | changes)
+
+
+def test_micro_batches_in_between_are_interpolated(pipeline_dir):
+    config = narrow(pipeline_dir, ema_decay=0.0)
+    by_size = memory_by_micro_batch(config, [2, 4, 8, 16])
+    assert by_size[8].activations == pytest.approx(distillation_memory(config).activations, rel=0.01)
+
+
+def test_every_switch_that_saves_memory_does(pipeline_dir):
+    plain = distillation_memory(narrow(pipeline_dir)).allocated
+    for change in ({"gradient_checkpointing": True}, {"ema_decay": 0.0}, {"ema_device": "cpu"},
+                   {"optimizer": "adamw_8bit"}, {"batch_size": 4}):  # fmt: skip
+        assert distillation_memory(narrow(pipeline_dir, **change)).allocated < plain, change
+    assert distillation_memory(narrow(pipeline_dir, mixed_precision="no")).allocated > plain
+
+
+def test_the_report_says_what_fits_and_how_long_it_takes(pipeline_dir):
+    text = report(narrow(pipeline_dir, max_train_steps=1000), tflops=0.001)
+    assert "12 GB: micro-batches up to 32, with checkpointing 32" in text and "1,000 steps of 32 images" in text
+    assert float(text.split(" hours")[0].split()[-1]) > 0
+
+
+def test_the_command_needs_no_weights(pipeline_dir):
+    done = CliRunner().invoke(main, ["memory", "-p", "preset", "sd-v1.4", "-p", "teacher", str(pipeline_dir),
+                                     "-p", "resolution", "64", "-p", "batch_size", "2"])  # fmt: skip
+    assert done.exit_code == 0 and "80 GB" in done.output, done.output
+    wrong = CliRunner().invoke(main, ["memory", "-p", "variant", "bk_huge"])
+    assert wrong.exit_code == 1 and "bk_huge" in wrong.output
