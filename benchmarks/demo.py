@@ -52,7 +52,7 @@ def visit(address: str, number: int, ending: float, answers: list, errors: colle
             errors[str(error)[:90]] += 1
             time.sleep(1)
             continue
-        images = [np.asarray(Image.open(item["image"])) for gallery in answer[1::2] for item in gallery]
+        images = [np.asarray(Image.open(item["image"])) for gallery in answer[1:] for item in gallery]
         answers.append(((prompt, seed), images))
 
 

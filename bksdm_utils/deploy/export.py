@@ -15,19 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from ..config.deploy import DemoAndExport
+from ..files import NotAvailable
 from ..models.pipelines import Pipeline, with_unet
-from .core_ml import save_core_ml
-from .diffusers_folder import Card, save_diffusers
-from .formats import NotExpressible, NotInstalled
-from .onnx import save_onnx
+from .formats import NotExpressible, save_diffusers
+from .graphs import save_core_ml, save_onnx
 from .single_file import save_single_file
 
-EXPORTERS: dict[str, Callable[[Pipeline, Path, Card], str]] = {  # each returns a remark for its users
+EXPORTERS: dict[str, Callable[[Pipeline, Path, ModelCard], str]] = {  # each returns a remark for its users
     "diffusers": save_diffusers,
-    "single_file": lambda pipeline, folder, card: save_single_file(pipeline, folder, card.plan),
+    "single_file": lambda pipeline, folder, card: save_single_file(pipeline, folder, card.data.model_name),
     "onnx": lambda pipeline, folder, card: save_onnx(pipeline, folder),
     "core_ml": lambda pipeline, folder, card: save_core_ml(pipeline, folder),
 }
@@ -54,7 +54,7 @@ runpy.run_path("onnx/sample.py", run_name="__main__")
 """
 
 
-def export(pipeline: Pipeline, folder: Path, kind: str, card: Card) -> float | None:
+def export(pipeline: Pipeline, folder: Path, kind: str, card: ModelCard) -> float | None:
     """Writes folder/kind, in place of an earlier one of this function, and prints its size.
 
     Returns:
@@ -68,7 +68,7 @@ def export(pipeline: Pipeline, folder: Path, kind: str, card: Card) -> float | N
         shutil.rmtree(folder / kind, ignore_errors=True)
     try:
         remark = EXPORTERS[kind](pipeline, folder / kind, card)
-    except (NotInstalled, NotExpressible) as error:
+    except (NotAvailable, NotExpressible) as error:
         print(f"{kind} is left out: {error}")
         return None
     made_here.touch()
@@ -82,9 +82,10 @@ def sample_elsewhere(
 ) -> dict[str, Image.Image | str]:
     """One image by each export in a process that cannot import this package; the error's text where that fails."""
     settings = str(config.seed), str(config.num_inference_steps), str(config.guidance_scale)
-    options = [part for pair in zip(("--seed", "--steps", "--guidance"), settings, strict=True) for part in pair]
-    commands = {kind: [ONNX, config.prompt, *options, "--output", "onnx.png"] if kind == "onnx"
-                else [PLAIN, kind, name, config.prompt, *settings] for kind in kinds if kind in LIMITS}  # fmt: skip
+    options = (f"--{key}={value}" for key, value in zip(("seed", "steps", "guidance"), settings, strict=True))
+    commands = {kind: [PLAIN, kind, name, config.prompt, *settings] for kind in kinds if kind in LIMITS}
+    if "onnx" in commands:
+        commands["onnx"] = [ONNX, config.prompt, *options, "--output=onnx.png"]
     started = {kind: subprocess.Popen([sys.executable, "-c", *command], cwd=folder, stderr=subprocess.PIPE, text=True)
                for kind, command in commands.items()}  # fmt: skip
     errors = {kind: process.communicate()[1] for kind, process in started.items()}
@@ -122,8 +123,6 @@ def upload(folder: str | Path, repo_id: str | None, push_to_hub: bool = False) -
         return
     if not repo_id:
         raise ValueError("push_to_hub is True, but repo_id is None: expected one such as name/bk-sdm-small")
-    from huggingface_hub import HfApi
-
     api = HfApi()
     api.create_repo(repo_id, private=True, exist_ok=True)
     print(f"{repo_id} is {'private' if api.repo_info(repo_id).private else 'public: everybody can see this upload'}")

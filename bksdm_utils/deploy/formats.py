@@ -1,46 +1,125 @@
-"""What several export formats share (notebook 06)."""
+"""Export as a diffusers folder with a model card, and what the other formats share (notebook 06)."""
 
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
 
+from ..config.deploy import DemoAndExport
+from ..files import NotAvailable, new_folder
+from ..models.pipelines import Pipeline
 
-class NotInstalled(ValueError):
-    """An export needs a package that is not installed; the message says how to install it."""
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A Stable Diffusion whose U-Net had blocks removed and was retrained by knowledge distillation, after BK-SDM
+([arXiv 2305.15798](https://arxiv.org/abs/2305.15798)).
+
+| | |
+|---|---|
+| removal plan | {{ model_name }} |
+| U-Net parameters | {{ num_parameters }} |
+| teacher | {{ base_model }} |
+| training data | {{ data or "not recorded" }} |
+| optimizer steps | {{ steps or "not recorded" }} |
+| licence | {{ licence or "not recorded" }} |
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe("…", guidance_scale={{ guidance_scale }}, num_inference_steps={{ num_inference_steps }}).images[0]
+```
+
+## Scores
+
+Protocol: {{ protocol or "not recorded" }}; images: {{ num_images or "not recorded" }}. Scores of other protocols or of
+another number of images are not comparable.
+
+| score | value |
+|---|---|
+{% for name, value in scores.items() %}| {{ name }} | {{ "%.3f" % value }} |
+{% else %}| not recorded | |
+{% endfor %}
+## Limits
+
+A distilled student inherits what its teacher learned from its data, its biases and its licence's terms. It was not
+checked for safety; no safety checker is included.
+"""
 
 
 class NotExpressible(ValueError):
     """A format cannot hold this model; the message names one that can."""
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within the block nothing is printed: converters print hundreds of lines, and raise what goes wrong."""
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def require(*packages: str) -> list:
-    """Optional packages, imported."""
+def require(extra: str, *packages: str) -> list:
+    """Optional packages, imported; `extra` is what installs them. Raises NotAvailable."""
     try:
         return [importlib.import_module(name) for name in packages]
     except ImportError as error:
-        raise NotInstalled(f"this export needs {error.name}: pip install -e '.[export]'") from error
+        raise NotAvailable(f"{error.name} is not installed: pip install -e '.[{extra}]'") from error
 
 
 def check_sd(pipeline: StableDiffusionPipeline) -> None:
     """Raises NotExpressible for an SDXL pipeline."""
     if not isinstance(pipeline, StableDiffusionPipeline):
         raise NotExpressible(f"this format is for SD-v1 and SD-v2, not for a {type(pipeline).__name__}: use diffusers")
+
+
+def student_card(config: DemoAndExport, plan: str, student: Pipeline, path: str | Path) -> ModelCard:
+    """The model card of a student; its training from the result.json of notebook 03 beside its folder, if any."""
+    file, known = Path(path).parent / "result.json", {"base_model": config.teacher, "scores": {}}
+    result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not config.lora else {}
+    if result.get("notebook") == "03_kd_training":
+        trained, metrics = result["config"], result["metrics"]
+        known = {"base_model": trained["teacher"], "data": trained["train_data_dir"] or "storybook scenes, rendered",
+                 "steps": f"{metrics['steps']:,}", "scores": metrics["after"],
+                 "protocol": f"{trained['preset']}, notebook 03", "num_images": trained["num_images"]}  # fmt: skip
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", base_model=known["base_model"], model_name=plan,
+        license=config.licence or "other", tags=["stable-diffusion", "bk-sdm", "knowledge-distillation"],
+    )  # fmt: skip
+    title = f"{plan}, distilled from {config.preset}" + " with a LoRA merged" * bool(config.lora)
+    return ModelCard.from_template(
+        data, template_str=TEMPLATE, title=title, num_parameters=f"{student.unet.num_parameters():,}",
+        licence=config.licence, guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
+        **known,
+    )  # fmt: skip
+
+
+def save_diffusers(pipeline: Pipeline, folder: str | Path, card: ModelCard) -> str:
+    """A plain diffusers folder with its model card, in full precision; `from_pretrained(folder)` loads it anywhere.
+
+    Half precision would be loaded as it is by transformers and as full by diffusers, which do not work together. The
+    text encoder's names get the prefix `text_model.`, without which transformers 4 keeps random weights.
+
+    Raises:
+        ValueError: the folder exists or cannot be written.
+    """
+    with new_folder(folder) as part:
+        pipeline.save_pretrained(part)
+        for file in part.glob("*/*.safetensors"):
+            text = file.parent.name.startswith("text_encoder")
+            tensors = {prefixed(name) if text else name: tensor.float() if tensor.is_floating_point() else tensor
+                       for name, tensor in load_file(file).items()}  # fmt: skip
+            save_file(tensors, file, metadata={"format": "pt"})
+        for file in part.glob("text_encoder*/config.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+        for name in ("tokenizer", "tokenizer_2"):  # SDXL has two
+            if tokenizer := getattr(pipeline, name, None):
+                save_tokenizer(tokenizer, part / name)
+        card.save(part / "README.md")
+    return "loaded by StableDiffusionPipeline.from_pretrained"
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

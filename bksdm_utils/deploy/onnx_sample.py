@@ -17,32 +17,27 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 
-def network(folder: Path):
-    """A function of named arrays to the network's output."""
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=onnxruntime.get_available_providers())
-    return lambda **inputs: session.run(None, inputs)[0]
-
-
 def sample(folder: Path, prompt: str, seed: int, steps: int, guidance: float) -> Image.Image:
     """One image: text encoder, denoising steps with guidance, decoder."""
-    unet, text_encoder, decoder = (network(folder / name) for name in ("unet", "text_encoder", "vae_decoder"))
+    files = (str(folder / name / "model.onnx") for name in ("unet", "text_encoder", "vae_decoder"))
+    providers = onnxruntime.get_available_providers()
+    unet, text_encoder, decoder = (onnxruntime.InferenceSession(file, providers=providers) for file in files)
     settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, settings["_class_name"]).from_pretrained(folder / "scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="np").input_ids
-    hidden_states = text_encoder(input_ids=ids.astype(np.int64))
-    shape = json.loads((folder / "latents.json").read_text())
-    latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+    (hidden_states,) = text_encoder.run(None, {"input_ids": ids.astype(np.int64)})
+    inputs = {"encoder_hidden_states": hidden_states}
     scheduler.set_timesteps(steps)
-    latents = latents * scheduler.init_noise_sigma
+    shape, generator = unet.get_inputs()[0].shape[1:], torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, *shape, generator=generator) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
-        unguided, guided = torch.from_numpy(
-            unet(sample=inputs, timestep=np.array(t, np.float32), encoder_hidden_states=hidden_states)
-        ).chunk(2)
+        inputs["timestep"] = np.array(t, np.float32)
+        inputs["sample"] = scheduler.scale_model_input(torch.cat([latents] * 2), t).numpy()
+        unguided, guided = torch.from_numpy(unet.run(None, inputs)[0]).chunk(2)
         prediction = unguided + guidance * (guided - unguided) if guidance > 1 else guided
         latents = scheduler.step(prediction, t, latents).prev_sample
-    pixels = decoder(latent_sample=latents.numpy())[0].transpose(1, 2, 0)
+    pixels = decoder.run(None, {"latent_sample": latents.numpy()})[0][0].transpose(1, 2, 0)
     return Image.fromarray(((pixels / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,22 +90,16 @@ def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
               "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
-    number = 0
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            number += 1
-            names |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
-        if block.downsamplers:
-            number += 1
-            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-    number = -1
+    layers = len(unet.down_blocks[0].resnets)  # in every stage; one more on the way up
+    for i in range(len(unet.down_blocks)):
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * (layers + 1)}.0.op"
+        for j, (k, kind) in itertools.product(range(layers), enumerate(PAIR)):
+            names[f"down_blocks.{i}.{kind}.{j}"] = f"input_blocks.{i * (layers + 1) + j + 1}.{k}"
     for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            number += 1
-            names |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{number}.{k}" for k, kind in enumerate(PAIR)}
-        if block.upsamplers:
-            after = 1 + hasattr(block, "attentions")
-            names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number}.{after}.conv"
+        last = f"output_blocks.{(i + 1) * (layers + 1) - 1}"
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"{last}.{1 + hasattr(block, 'attentions')}.conv"
+        for j, (k, kind) in itertools.product(range(layers + 1), enumerate(PAIR)):
+            names[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{i * (layers + 1) + j}.{k}"
     return {_renamed(name, names): tensor for name, tensor in unet.state_dict().items()}
 
 

@@ -17,8 +17,7 @@ from PIL import Image
 
 from ..config.evaluation import FolderSampling
 from ..files import in_threads
-from ..models.pipelines import Pipeline, for_one_thread
-from ..models.schedulers import with_scheduler
+from ..models.pipelines import Pipeline, for_one_thread, with_scheduler
 
 
 def image_seed(seed: int, image: int | str) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -18,6 +19,11 @@ SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PARTS = {"StableDiffusionPipeline": SD_PARTS, "StableDiffusionXLPipeline": SDXL_PARTS}
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+SCHEDULERS = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}), "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "lcm": ("LCMScheduler", {}),
+}  # fmt: skip
 
 
 def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -80,6 +86,16 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
     kept = {name: pipeline.config[name] for name in settings if name in pipeline.config}
     changed = type(pipeline)(**{**pipeline.components, "unet": unet}, **kept)
     changed.set_progress_bar_config(disable=True)
+    return changed
+
+
+def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
+    """The same pipeline with another scheduler of the same noise schedule; None keeps its own."""
+    if name is None:
+        return pipeline
+    cls, changes = SCHEDULERS[name]
+    changed = with_unet(pipeline, pipeline.unet)
+    changed.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **changes)
     return changed
 
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from bksdm_utils.config.training import Training
 from bksdm_utils.core.families import TextConditioning
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.deploy.consistency import ConsistencyDistillation
+from bksdm_utils.deploy.few_step import ConsistencyDistillation
 from bksdm_utils.evaluation.sampling import generate
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 from bksdm_utils.training.rng import BatchRng

@@ -23,19 +23,13 @@ from bksdm_utils.deploy.demo import _remarks, app, launch, load_models
 from bksdm_utils.deploy.playground import (
     Request,
     by_strength,
-    check,
-    check_upload,
-    cut_off,
-    evaluations,
     generate_request,
-    macs,
     open_upload,
     own_pipeline,
     side_by_side,
 )
 from bksdm_utils.files import ROOT
-from bksdm_utils.models.pipelines import load_pipeline, with_unet
-from bksdm_utils.models.schedulers import with_scheduler
+from bksdm_utils.models.pipelines import load_pipeline, with_scheduler, with_unet
 
 LIMITS = Demo(max_steps=2000, max_waiting=5, max_size=128)
 QUICK = Request(prompt="a big red cat at night", steps=4, guidance=2.0)
@@ -71,16 +65,13 @@ def same(one, other):
 
 NUMBERS = (float("nan"), float("inf"), -float("inf"), -1, None, "many", True)
 REFUSED = [
-    ({"prompt": "x" * 10_000}, "prompt has 10,000 characters: expected at most 1,000"),
-    ({"negative_prompt": "x" * 1001}, "negative_prompt has 1,001 characters"),
-    ({"prompt": None}, "prompt is None: expected text"), ({"prompt": "half an emoji \ud83d"}, "half a character"),
+    ({"prompt": None}, "prompt is None: expected text"), ({"prompt": "half an emoji \ud83d"}, "surrogates not allowed"),
     *(({name: value}, f"^{name} is .*: expected a") for name in ("seed", "steps", "guidance", "images", "strength")
       for value in NUMBERS),
     *(({"size": value}, "^size is .*: expected a whole number") for value in NUMBERS if value is not None),
-    ({"seed": 10**400}, "^seed is"), ({"steps": 3}, "4 or more"), ({"steps": 51}, "steps is 51: expected at most 50"),
-    ({"steps": 4.5}, "whole number"), ({"images": 0}, "1 or more"), ({"images": 5}, "expected at most 4"),
-    ({"guidance": 31}, "30 or less"), ({"strength": 1.01}, "1 or less"), ({"size": 60}, "multiple of 8"),
-    ({"size": 136}, "expected at most 128"), ({"size": 0}, "8 or more"),
+    ({"seed": 10**400}, "^seed is"), ({"steps": 3}, "4 or more"), ({"steps": 4.5}, "whole number"),
+    ({"images": 0}, "1 or more"), ({"guidance": 31}, "30 or less"), ({"strength": 1.01}, "1 or less"),
+    ({"size": 60}, "multiple of 8"), ({"size": 0}, "8 or more"),
     ({"image": an_image(), "strength": 0.1, "steps": 4}, "leaves none: expected 0.25"),
 ]  # fmt: skip
 
@@ -88,24 +79,22 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_a_bad_request_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        check(QUICK.but(**changes), LIMITS.but(max_steps=50))
+        QUICK.but(**changes)
 
 
 @pytest.mark.parametrize("prompt", ["", "🏠🌳 a house", "بيت أحمر كبير", "a big red house " * 20, "\n\t\x00 <b>&"])
 def test_unusual_prompts_are_sampled(models, prompt):
     request = QUICK.but(prompt=prompt, negative_prompt=prompt[::-1])
-    check(request, Demo())
     for pipeline in models.values():
         assert generate_request(pipeline, request)[0][0].size == (64, 64)
 
 
 def test_remarks_name_what_the_text_encoder_does_not_read(pipeline):
-    assert cut_off(pipeline, "") == cut_off(pipeline, QUICK.prompt) == ""
-    lost = cut_off(pipeline, "a big red house " * 5)  # 20 tokens, of which two are the text's begin and end
-    assert lost.split() == ["red", "house"]
-    said = _remarks(pipeline, QUICK.but(prompt="a big red house " * 5, negative_prompt="<b> " * 30))
-    assert "reads 18 tokens. The end of the prompt was cut off: <i>red house" in said
-    assert "the negative prompt" in said and "<b>" not in said
+    assert _remarks(pipeline, QUICK) == []
+    prompt = "a big red house " * 5  # 20 tokens, beside the text's begin and end
+    first, second = _remarks(pipeline, QUICK.but(prompt=prompt, negative_prompt="<b> " * 30))
+    assert "reads 18 tokens. The end of the prompt was cut off: <i>red house" in first
+    assert "the negative prompt" in second and "<b>" not in second
 
 
 def test_unusable_files_are_refused(tmp_path):
@@ -113,28 +102,26 @@ def test_unusable_files_are_refused(tmp_path):
     bomb = as_file(Image.new("1", (20_000, 20_000)), "PNG")
     script = as_file(an_image(), "EPS")
     for file in (io.BytesIO(b"no image"), io.BytesIO(), io.BytesIO(whole[:20]), bomb, script, tmp_path / "none"):
-        with pytest.raises(ValueError, match="no image that can be read: expected PNG, JPEG"):
+        with pytest.raises(ValueError, match="no whole image: expected PNG, JPEG"):
             open_upload(file)
     for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
         part = as_file(Image.effect_noise((640, 640), 50).convert("RGB"), kind).getvalue()
-        with pytest.raises(ValueError, match="damaged or ends early|no image"):
-            check_upload(open_upload(io.BytesIO(part[: len(part) // 2])), Demo())
+        with pytest.raises(ValueError, match="no whole image"):
+            open_upload(io.BytesIO(part[: len(part) // 2]))
 
 
-def test_a_large_image_is_refused_before_it_is_decoded():
-    opened = open_upload(as_file(Image.new("1", (6000, 6000))))
-    opened.load = lambda: pytest.fail("decoded")
+def test_a_large_image_is_refused_before_it_is_decoded(monkeypatch):
+    file = as_file(Image.new("1", (6000, 6000)))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="6,000 x 6,000 pixels: expected at most 25 megapixels"):
-        check_upload(opened, Demo())
+        open_upload(file)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "I;16", "F"])
 def test_images_of_every_mode_and_size_are_taken(pipeline, mode):
     for size in ((1, 1), (3, 2000), (100, 60)):
         image = Image.new(mode, size) if mode == "I;16" else an_image(size, mode)
-        request = QUICK.but(image=image)
-        check(request, Demo())
-        assert generate_request(pipeline, request)[0][0].size == (64, 64)
+        assert generate_request(pipeline, QUICK.but(image=image))[0][0].size == (64, 64)
 
 
 def test_a_turned_image_is_set_upright(pipeline):
@@ -164,17 +151,18 @@ def test_images_are_a_function_of_the_request(models):
 
 
 def test_steps_are_counted_and_weights_shared(pipeline):
+    once, start = count_costs(pipeline.unet.config).macs / 1e9, {"image": an_image()}
+    requests = ((QUICK.but(steps=6, images=3), 7, 3 * 2), (QUICK.but(**start, strength=1.0), 4, 2),
+                (QUICK.but(**start, strength=0.5, guidance=1.0), 2, 1))  # fmt: skip
     for scheduler in (None, "dpm++", "ddim"):
-        for request in (QUICK, QUICK.but(image=an_image()), QUICK.but(image=an_image(), strength=1)):
+        for request, steps, passes in requests:
             reached, changed = [], with_scheduler(pipeline, scheduler)
-            generate_request(changed, request, step=lambda *at, reached=reached: reached.append(at))
-            expected = evaluations(changed, request)
-            assert reached == [(i + 1, expected) for i in range(expected)]
-    member = own_pipeline(pipeline, QUICK.but(image=an_image()))
+            _, cost = generate_request(changed, request, step=lambda *at, reached=reached: reached.append(at))
+            steps -= steps == 7 and scheduler is not None  # PNDM takes one more
+            assert reached == [(i + 1, steps) for i in range(steps)]
+            assert cost.endswith(f" s, {once * steps * passes:,.3g} G MACs")
+    member = own_pipeline(pipeline, QUICK.but(**start))
     assert member.unet is pipeline.unet and member.vae is pipeline.vae
-    once = count_costs(pipeline.unet.config).macs
-    assert macs(pipeline, QUICK.but(steps=25, images=3)) == once * 26 * 3 * 2
-    assert macs(pipeline, QUICK.but(guidance=1.0, image=an_image(), strength=0.5)) == once * 2
 
 
 @pytest.mark.slow
@@ -184,8 +172,6 @@ def test_rows_of_the_notebook_name_their_cost(models):
     assert all(len(images) == 2 for images in rows.values())
     rows = by_strength(models, QUICK.but(image=an_image()), (0.5, 1.0))
     assert list(rows) == ["start", *models] and all(len(images) == 2 for images in rows.values())
-    with pytest.raises(ValueError, match="prompt has 1,001"):
-        side_by_side(models, QUICK.but(prompt="x" * 1001))
 
 
 @pytest.mark.slow
@@ -251,7 +237,7 @@ def sent(**changes):
 
 def shown(answer):
     """The images of both models in an answer."""
-    return [Image.open(item["image"]).convert("RGB") for gallery in answer[1::2] for item in gallery]
+    return [Image.open(item["image"]).convert("RGB") for gallery in answer[1:] for item in gallery]
 
 
 def expected(models, request):
@@ -265,7 +251,8 @@ def test_page_samples_with_both_models_for_this_machine_only(page, models):
         assert other.connect_ex(("127.0.0.2", page.server_port)) != 0
     answer = client(page).predict(**sent(images=2, prompt="a fish " * 20))
     assert same(shown(answer), expected(models, QUICK.but(images=2, prompt="a fish " * 20)))
-    assert "cut off" in answer[0] and answer[2].endswith("G MACs") and answer[2] != answer[4]
+    teacher, student, remark = answer[0].split("<br>")
+    assert "cut off" in remark and teacher.endswith("G MACs") and student.endswith("G MACs")
 
 
 @pytest.mark.slow
@@ -273,7 +260,7 @@ def test_no_two_answers_share_a_file(page):
     import gradio_client
 
     visitor = gradio_client.Client(page.local_url, verbose=False, download_files=False)
-    paths = [item["image"]["path"] for _ in range(2) for gallery in visitor.predict(**sent())[1::2] for item in gallery]
+    paths = [item["image"]["path"] for _ in range(2) for gallery in visitor.predict(**sent())[1:] for item in gallery]
     assert len(set(paths)) == 4
 
 
@@ -285,22 +272,25 @@ def test_page_takes_an_image(page, models, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     named = sent(api_name="/image_to_image", strength=0.5)
     elsewhere = {"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}
+    an_image().save(tmp_path / "script.eps")
     answer = client(page).predict(**named, image=gradio_client.handle_file(tmp_path / "start.png"))
     assert same(shown(answer), expected(models, QUICK.but(image=an_image((50, 30), "RGBA"), strength=0.5)))
-    for start, said in ((gradio_client.handle_file(tmp_path / "text.png"), "no image that can be read"),
-                        (None, "no image to start from"), (elsewhere, "is an address: expected a file")):  # fmt: skip
+    for start, said in ((gradio_client.handle_file(tmp_path / "text.png"), "cannot identify image"),
+                        (gradio_client.handle_file(tmp_path / "script.eps"), "no whole image"),
+                        (None, "no image to start from"), (elsewhere, "failed validation")):  # fmt: skip
         with pytest.raises(Exception, match=said):
             client(page).predict(**named, image=start)
 
 
 def test_page_names_what_it_refuses(page):
     visitor = client(page)
-    for changes, said in (({"steps": 2001}, "steps is 2001: expected at most 2000"),
-                          ({"size": 4096}, "size is 4096: expected at most 128"), ({"size": 60}, "multiple of 8"),
-                          ({"prompt": "x" * 10_000}, "10,000 characters"), ({"images": 1.5}, "images is 1.5"),
-                          ({"guidance": 31}, "guidance is 31"), ({"seed": -1}, "seed is -1"),
-                          ({"seed": "x"}, "seed is"), ({"seed": None}, "seed is None"),
-                          ({"prompt": None}, "prompt is None")):  # fmt: skip
+    for changes, said in (({"steps": 2001}, "2001 is greater than maximum value 2000"),
+                          ({"size": 4096}, "4096 is greater than maximum value 128"), ({"size": 60}, "multiple of 8"),
+                          ({"images": 5}, "5 is greater than maximum value 4"),
+                          ({"prompt": "x" * 10_000}, "prompt has 10,000 characters: expected at most 1,000"),
+                          ({"negative_prompt": "x" * 1001}, "negative_prompt has 1,001 characters"),
+                          ({"guidance": 31}, "31 is greater than"), ({"seed": -1}, "-1 is less than minimum value 0"),
+                          ({"seed": None}, "seed is None"), ({"prompt": None}, "prompt is None")):  # fmt: skip
         with pytest.raises(Exception, match=said):
             visitor.predict(**sent(**changes))
 

@@ -12,21 +12,20 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from bksdm_utils.config.deploy import DemoAndExport
 from bksdm_utils.core.plans import RemovalPlan, Stage
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.deploy.core_ml import check_core_ml, save_core_ml
-from bksdm_utils.deploy.diffusers_folder import Card, model_card, save_diffusers, student_card
 from bksdm_utils.deploy.export import EXPORTERS, NotExpressible, export, sample_elsewhere, upload
-from bksdm_utils.deploy.onnx import parts, save_onnx
+from bksdm_utils.deploy.formats import save_diffusers, student_card
+from bksdm_utils.deploy.graphs import check_core_ml, parts, save_core_ml, save_onnx
 from bksdm_utils.deploy.single_file import ldm_unet, ldm_vae, save_single_file, with_mid_block
-from bksdm_utils.models.pipelines import load_pipeline, own_copy, with_unet
-from bksdm_utils.models.schedulers import with_scheduler
+from bksdm_utils.models.pipelines import load_pipeline, own_copy, with_scheduler, with_unet
 
-CARD = Card("A student", "bk_small", "a teacher", scores={"CLIP score": "0.81 ± 0.01"}, protocol="storybook")
+CARD = ModelCard("---\nmodel_name: bk_small\n---\n# A student")
 THREADS = torch.get_num_threads()
 HEAD = """
 import sys
@@ -231,7 +230,7 @@ def test_nothing_is_overwritten_or_left_incomplete(students, tmp_path, monkeypat
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot be written"):
         save_diffusers(students["bk_tiny"], tmp_path / "file" / "below", CARD)
-    monkeypatch.setattr("bksdm_utils.deploy.diffusers_folder.model_card", lambda card: 1 / 0)
+    monkeypatch.setattr("bksdm_utils.deploy.formats.save_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "new.part"]
@@ -253,26 +252,25 @@ def test_missing_packages_are_named(students, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_card_has_metadata_and_what_is_not_recorded():
-    text = model_card(CARD).content
-    head = yaml.safe_load(text.split("---")[1])
-    assert head["base_model"] == "a teacher" and head["library_name"] == "diffusers"
-    assert "| CLIP score | 0.81 ± 0.01 |" in text and "Protocol: storybook; images: not recorded" in text
-    assert "| optimizer steps | not recorded |" in text
-    assert "4,873,412" in str(model_card(Card("x", "bk_small", "y", num_parameters=4873412)))
-
-
 def test_student_card_reads_the_result_of_notebook_03(students, tmp_path):
     config = DemoAndExport.filled(licence="mit", device="cpu")
     unknown = student_card(config, "bk_small", students["bk_small"], tmp_path / "unet_ema")
-    assert unknown.steps is None and unknown.base_model == "data/storybook/teacher" and unknown.num_parameters > 1000
+    assert unknown.data.base_model == "data/storybook/teacher" and unknown.data.library_name == "diffusers"
+    text, parameters = unknown.content, students["bk_small"].unet.num_parameters()
+    assert "| optimizer steps | not recorded |" in text and "Protocol: not recorded; images: not recorded" in text
+    assert "| not recorded | |" in text and f"{parameters:,}" in text
     trained = {"teacher": "t", "train_data_dir": None, "preset": "storybook", "num_images": 64}
     result = {"notebook": "03_kd_training", "config": trained, "metrics": {"steps": 9, "after": {"clip_score": 0.8}}}
     (tmp_path / "result.json").write_text(json.dumps(result))
     card = student_card(config, "bk_small", students["bk_small"], tmp_path / "unet_ema")
-    assert (card.base_model, card.steps, card.scores, card.licence) == ("t", 9, {"clip_score": "0.800"}, "mit")
+    assert (card.data.base_model, card.data.license, card.data.model_name) == ("t", "mit", "bk_small")
+    assert "| optimizer steps | 9 |" in card.text and "| clip_score | 0.800 |\n\n## Limits" in card.text
+    assert "Protocol: storybook, notebook 03; images: 64" in card.text
     with_lora = student_card(config.but(lora="x"), "bk_small", students["bk_small"], tmp_path / "unet_ema")
-    assert with_lora.steps is None and "LoRA" in with_lora.title
+    assert (
+        "steps | not recorded" in with_lora.text
+        and "# bk_small, distilled from storybook with a LoRA" in with_lora.text
+    )
 
 
 def test_formats_of_the_notebook_are_the_exporters():
@@ -320,7 +318,7 @@ def test_half_precision_is_saved_as_full(students, tmp_path, dtype):
 def test_nothing_is_uploaded_without_push_to_hub(tmp_path, capsys, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 20_000)
     calls = []
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Api", (), {
+    monkeypatch.setattr("bksdm_utils.deploy.export.HfApi", lambda: type("Api", (), {
         "create_repo": lambda self, *a, **k: calls.append(("create", a, k)),
         "upload_folder": lambda self, **k: calls.append(("upload", k)),
         "repo_info": lambda self, name: type("Info", (), {"private": name == "me/student"}),
