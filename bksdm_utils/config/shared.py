@@ -61,5 +61,3 @@ class Sampling(Config):
 
 
 PresetSampling = Sampling.preset_decides("num_inference_steps", "guidance_scale")
-
-Student = Teacher  # until config/training.py names it so

@@ -9,10 +9,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from .base import Config, NonNegative, PathText, Positive, Seed, Share, parameter
-from .shared import Sampling, Student
+from .base import Config, NonNegative, PathText, Positive, Processes, Seed, Share, parameter
+from .shared import PresetSampling, Teacher
 
-Precision = Literal["no", "fp16", "bf16"]
 Count = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
@@ -38,7 +37,8 @@ class Training(Config):
     optimizer: Literal["adamw", "adamw_8bit"] = parameter("adamw", "adamw, or adamw_8bit from bitsandbytes")
     ema_decay: Share = parameter(0.999, "decay of the averaged (EMA) weights; 0 keeps no average")
     ema_device: Literal["cpu"] | None = parameter(None, "cpu keeps the averaged weights off the GPU")
-    mixed_precision: Precision = parameter("no", "no, fp16 or bf16; on a CPU always no")
+    mixed_precision: Literal["no", "fp16", "bf16"] = parameter("no", "no, fp16 or bf16; on a CPU always no")
+    tf32: bool = parameter(True, "what stays in fp32 is multiplied in TF32 on a GPU")
     checkpoint_steps: Count = parameter(0, "steps between two checkpoints; 0 keeps none")
     checkpoints_kept: Positive = parameter(2, "the newest ones")
     max_skipped_steps: Positive = parameter(20, "abort after this many consecutive non-finite gradients")
@@ -109,16 +109,10 @@ _KD = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "learning
        "lr_warmup_steps", "ema_decay", "mixed_precision", "checkpoint_steps")  # fmt: skip
 
 
-class KDTraining(
-    Sampling.preset_decides("num_inference_steps", "guidance_scale"),
-    TrainingData,
-    Training.preset_decides(*_KD),
-    Student,
-):
+class KDTraining(PresetSampling, TrainingData, Training.preset_decides(*_KD), Teacher):
     """Notebook 03: knowledge distillation."""
 
     notebook: ClassVar[str] = "03_kd_training"
-
     lambda_sd: NonNegative | None = parameter(None, "weight of the task loss")
     lambda_kd_output: NonNegative | None = parameter(None, "weight of the output distillation")
     lambda_kd_feat: NonNegative | None = parameter(None, "weight of the feature distillation")
@@ -131,12 +125,11 @@ class KDTraining(
     )
     noise_offset: NonNegative = parameter(0.0, "strength of a shift of the noise common to all pixels")
     find_batch_size: bool = parameter(False, "measure the fastest micro-batch that fits; the global batch stays")
-    gradient_checkpointing: bool = parameter(False, "less memory, more time")
+    gradient_checkpointing: bool | None = parameter(None, "less memory, more time; None: if the GPU needs it")
     channels_last: bool = parameter(True, "memory layout in which convolutions are faster")
-    compiled: bool = parameter(False, "torch.compile: minutes at the start for a faster step")
-    num_processes: Positive | None = parameter(
-        None, "None trains in this kernel; a number in processes that outlive it"
-    )
+    low_precision_norms: bool = parameter(True, "norms in the run's precision, not in fp32: faster, less memory")
+    compiled: bool | None = parameter(None, "torch.compile, minutes at the start; None: in long runs on a GPU")
+    num_processes: Processes = parameter(None, "None trains in this kernel; a number in processes that outlive it")
     num_images: Positive | None = parameter(None, "held-out captions sampled and scored")
     sampling_batch_size: Positive | None = parameter(None, "images in one pass on a GPU")
     clip: PathText | None = parameter(None, "CLIP folder or hub id of the scores; None: the preset's")
