@@ -95,7 +95,6 @@ def ablation_figure(table: pd.DataFrame, teacher: float, xlabel: str) -> Figure:
     axis.axvline(teacher, linestyle="--", color="grey", label="teacher")
     axis.set(yticks=range(len(table)), yticklabels=table.index, xlabel=xlabel)
     axis.invert_yaxis()
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
+    axis.legend()
     figure.tight_layout()
     return figure

@@ -54,13 +54,13 @@ class LiveFigure:
 
 
 class Live:
-    """Lines and curves of a running training; `goal` has the teacher's proxy scores by name."""
+    """Lines and curves of a running training; `goal` has the teacher's validation scores by name."""
 
     def __init__(self, max_train_steps: int, goal: Mapping[str, float]):
         self.goal, self.lines, self.figure = goal, ProgressLines(max_train_steps), LiveFigure()
 
     def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
-        """Call it after every step, or now and then, with step and losses, step and proxy scores of all until then."""
+        """Call it after every step, or now and then, with all rows of log and validation until then."""
         if rows:
             step = int(rows[-1]["step"])
             self.lines.update(step, f"step {step:,} of {self.lines.total:,}: loss {rows[-1]['loss']:.4f}")
@@ -68,8 +68,20 @@ class Live:
                 self.draw(rows, validation)
 
     def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
-        """Draws the curves in place of the earlier ones; call it once more after the last step."""
-        return self.figure.show(training_curves(rows, validation, self.goal))
+        """Draws losses, taps and validation scores in place of the earlier ones; call it after the last step too."""
+        table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
+
+        def series(prefix: str, *names: str) -> dict:
+            return {n.removeprefix(prefix): list(table[n].items()) for n in names or table if n.startswith(prefix)}
+
+        panels = {"loss": series("loss_", "loss_task", "loss_output", "loss_feature"),
+                  "feature loss of each tap": series("feature/")}  # fmt: skip
+        for name, title in {"clip_score": "validation CLIP score", "fid": "validation FID"}.items():
+            if scored := [(row["step"], row[name]) for row in validation if row[name] == row[name]]:  # no NaN
+                panels[title] = {"EMA student": scored, "teacher": [(step, self.goal[name]) for step, _ in scored]}
+        shown = {title: lines for title, lines in panels.items() if lines}
+        log = ("loss", "feature loss of each tap", "validation FID")
+        return self.figure.show(curves(shown, log=log, dashed=["teacher"]))
 
 
 class Gallery:
@@ -85,19 +97,3 @@ class Gallery:
         if progress.newest and (self.figure.due() or progress.done == progress.total):
             prompts, images = zip(*progress.newest[:8], strict=True)
             self.figure.show(image_grid({name: images}, [prompt.text for prompt in prompts]))
-
-
-def training_curves(rows: Sequence[Mapping], validation: Sequence[Mapping], goal: Mapping[str, float]) -> Figure:
-    """The three losses, one line for each tap, and the proxy scores beside the teacher's (`goal`) over the steps."""
-    table = pd.DataFrame(rows).set_index("step").rolling(10, min_periods=1).mean()
-
-    def series(prefix: str, *names: str) -> dict:
-        return {n.removeprefix(prefix): list(table[n].items()) for n in names or table if n.startswith(prefix)}
-
-    panels = {"loss": series("loss_", "loss_task", "loss_output", "loss_feature"),
-              "feature loss of each tap": series("feature/")}  # fmt: skip
-    for name, title in {"clip_score": "proxy CLIP score", "fid": "proxy FID"}.items():
-        scored = [(row["step"], row[name]) for row in validation if row[name] == row[name]]  # NaN: no metric network
-        panels[title] = {"EMA student": scored, "teacher": [(step, goal[name]) for step, _ in scored]} if scored else {}
-    shown = {title: lines for title, lines in panels.items() if lines}
-    return curves(shown, log=("loss", "feature loss of each tap", "proxy FID"), dashed=["teacher"])

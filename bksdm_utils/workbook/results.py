@@ -82,10 +82,10 @@ def students_table(results: Sequence[Mapping], runs_dir: Path) -> pd.DataFrame:
     students = table([r for r in results if r["notebook"] == "03_kd_training"], STUDENT)
     students["minutes"] /= 60
     for row, folder in students["folder"].items():
-        unet = runs_dir / folder / "unet_ema"
-        if (unet / "config.json").is_file():
-            students.loc[row, "MB"] = sum(file.stat().st_size for file in unet.glob("*.safetensors")) / 1e6
-            students.loc[row, "GMACs"] = count(json.loads((unet / "config.json").read_text())).macs / 1e9
+        config = runs_dir / folder / "unet_ema" / "config.json"
+        if config.is_file():
+            students.loc[row, "MB"] = sum(file.stat().st_size for file in config.parent.glob("*.safetensors")) / 1e6
+            students.loc[row, "GMACs"] = count(json.loads(config.read_text())).macs / 1e9
     return students
 
 

@@ -14,7 +14,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from ..core.plans import RemovalPlan, free_plan, identity_plan
-from .architecture import architecture
+from .surgery import architecture
 
 
 def explore(draw: Callable[..., Figure], *controls) -> None:

@@ -19,7 +19,6 @@ from bksdm_utils.core.plans import named_plans, student_config
 from bksdm_utils.evaluation.folders import Progress
 from bksdm_utils.evaluation.prompts import Prompt
 from bksdm_utils.workbook import live, widgets
-from bksdm_utils.workbook.architecture import architecture, short
 from bksdm_utils.workbook.figures import (
     bars,
     error_bars,
@@ -31,6 +30,7 @@ from bksdm_utils.workbook.figures import (
     smoothed,
     tradeoff,
 )
+from bksdm_utils.workbook.surgery import architecture, short
 
 
 @pytest.fixture(autouse=True)
@@ -147,15 +147,15 @@ def test_a_feature_map_is_the_root_mean_square_over_channels():
     assert [axis.images[0].get_clim()[1] for axis in figure.axes[1::2]] == [6, 6]
 
 
-def test_curves_without_a_metric_network_have_no_empty_panel():
+def test_curves_without_a_metric_network_have_no_empty_panel(outputs):
     rows = [{"step": s, "loss_task": 1.0, "loss_output": 1.0, "loss_feature": 1.0, "feature/up": 1.0} for s in (1, 2)]
     nan = float("nan")
     unscored = {"clip_score": nan, "fid": nan}
-    assert len(live.training_curves(rows, [{"step": 0, **unscored}], unscored).axes) == 2
+    assert len(live.Live(2, unscored).draw(rows, [{"step": 0, **unscored}]).axes) == 2
     scored = [{"step": s, "clip_score": 0.1 * s, "fid": 9.0 - s} for s in (0, 2)]
-    figure = live.training_curves(rows, scored, {"clip_score": 0.5, "fid": 1.0})
+    figure = live.Live(2, {"clip_score": 0.5, "fid": 1.0}).draw(rows, scored)
     titles = [axis.get_ylabel() for axis in figure.axes]
-    assert titles == ["loss", "feature loss of each tap", "proxy CLIP score", "proxy FID"]
+    assert titles == ["loss", "feature loss of each tap", "validation CLIP score", "validation FID"]
     assert [line.get_label() for line in figure.axes[0].lines] == ["task", "output", "feature"]
 
 
