@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,19 +57,17 @@ def run(ctx: click.Context, notebooks: tuple[str, ...], pairs, files, sweep, sho
         for path, kind in (find_notebook(name) for name in notebooks if name != "all"):
             click.echo(f"\nParameters of {path.stem}:\n{parameters_help(kind)}")
         ctx.exit()
-    swept = dict(_split(text) for text in sweep)
+    swept = {}
+    for text in sweep:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r}: expected NAME=A,B", param_hint="--sweep")
+        swept[name.strip()] = [value.strip() for value in values.split(",")]
     failed = run_jobs(plan_jobs(notebooks, _values(pairs, files), swept))
     ctx.exit(1 if failed else 0)
 
 
-def _split(text: str) -> tuple[str, list[str]]:
-    name, equals, values = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"{text!r}: expected NAME=A,B", param_hint="--sweep")
-    return name.strip(), [value.strip() for value in values.split(",")]
-
-
-def _values(pairs, files=()) -> dict[str, object]:
+def _values(pairs, files) -> dict[str, object]:
     """The parameters of YAML files and of -p, the latter last."""
     values: dict[str, object] = {}
     for file in files:
@@ -80,64 +78,52 @@ def _values(pairs, files=()) -> dict[str, object]:
     return values | dict(pairs)
 
 
-def _config(kind: type[Config], path: Path | None, pairs, files) -> Config:
-    """A configuration from the file that a run wrote, or from parameters."""
-    if path is None:
-        return fill(kind, _values(pairs, files))
-    import json
-
-    return kind(**{**json.loads(path.read_text(encoding="utf-8")), **_values(pairs, files)})
+def _help(text: str, kind: type[Config]) -> str:
+    return f"{text}\n\n\b\nParameters:\n{parameters_help(kind)}"
 
 
-def _described(kind: type[Config]):
-    """Adds the parameters of a class to a command's help."""
+def _add_job(name: str, kind: type[Config], config_of: str, text: str) -> None:
+    """Adds a command that does a job in FOLDER; config.json is written there where it is not given."""
 
-    def decorate(function):
-        lines = parameters_help(kind)
-        function.__doc__ = f"{function.__doc__}\n\n    \b\n    Parameters:\n    " + lines.replace("\n", "\n    ")
-        return function
+    @main.command(name, help=_help(text, kind))
+    @click.argument("folder", type=click.Path(path_type=Path), required=False)
+    @click.option("--config", type=click.Path(exists=True, path_type=Path), help=f"config.json of {config_of}.")
+    @parameter_option
+    @file_option
+    def command(folder: Path | None, config: Path | None, pairs, files) -> None:
+        from .jobs import run_job
 
-    return decorate
+        if (folder is None) == (config is None):
+            raise click.UsageError("expected either FOLDER or --config FOLDER/config.json")
+        values = _values(pairs, files)
+        folder = folder or config.parent
+        if config is None:
+            settings = fill(kind, values)
+        else:
+            settings = kind(**{**json.loads(config.read_text(encoding="utf-8")), **values})
+        if config is None or values:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", settings.model_dump(mode="json"))
+        run_job(settings.but(device=choose_device(settings.device)), folder)
 
 
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--config", type=click.Path(exists=True, path_type=Path), help="config.json of a run's folder.")
+_add_job("train", KDTraining, "a run's folder", "Distil a student in FOLDER, or as a run's config.json says; "
+         "`accelerate launch -m bksdm_utils train …` works.")  # fmt: skip
+_add_job(
+    "sample", SampleFolder, "a folder of images", "Sample images of prompts into FOLDER; what exists there is kept."
+)
+
+
+@main.command(help=_help("Say how much GPU memory a distillation needs and how long it takes; no GPU, no weights: "
+                         "bksdm memory -p preset sd-v1.4 -p variant bk_tiny.", KDTraining))  # fmt: skip
 @parameter_option
 @file_option
-@_described(KDTraining)
-def train(folder: Path | None, config: Path | None, pairs, files) -> None:
-    """Distil a student in FOLDER, or as a run's config.json says; `accelerate launch -m bksdm_utils train …` works."""
-    from .jobs import train_student
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=200.0, show_default=True,
+              help="What the GPU computes, in 10^12 operations a second.")  # fmt: skip
+def memory(pairs, files, tflops: float) -> None:
+    from ..costs.planner import report
 
-    folder, settings = _target(folder, config, KDTraining, pairs, files)
-    train_student(settings.but(device=choose_device(settings.device)), folder)
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--config", type=click.Path(exists=True, path_type=Path), help="config.json of a folder of images.")
-@parameter_option
-@file_option
-@_described(SampleFolder)
-def sample(folder: Path | None, config: Path | None, pairs, files) -> None:
-    """Sample images of prompts into FOLDER; what exists there is kept."""
-    from .jobs import sample_images
-
-    folder, settings = _target(folder, config, SampleFolder, pairs, files)
-    sample_images(settings.but(device=choose_device(settings.device)), folder)
-
-
-def _target(folder: Path | None, config: Path | None, kind: type[Config], pairs, files) -> tuple[Path, Config]:
-    """The folder and the parameters of `train` and `sample`; config.json is written where it is not given."""
-    if (folder is None) == (config is None):
-        raise click.UsageError("expected either FOLDER or --config FOLDER/config.json")
-    settings = _config(kind, config, pairs, files)
-    folder = folder or config.parent
-    if config is None or pairs or files:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", settings.model_dump(mode="json"))
-    return folder, settings
+    click.echo(report(fill(KDTraining, _values(pairs, files)), tflops))
 
 
 @main.command()
@@ -154,12 +140,10 @@ def download(ctx: click.Context, names: tuple[str, ...]) -> None:
     ctx.exit(fetch_all(names))
 
 
-@main.command()
+@main.command(help=_help("Serve a page where teacher and students generate side by side.", Demo))
 @parameter_option
 @file_option
-@_described(Demo)
 def demo(pairs, files) -> None:
-    """Serve a page where teacher and students generate side by side."""
     from ..deploy.demo import serve
 
     settings = Demo(**_values(pairs, files))
@@ -188,7 +172,3 @@ def storybook(stages: tuple[str, ...], output_dir: Path, destination: Path, max_
         click.echo(" ".join([*STAGES, "export"]))
         return
     make(stages, output_dir, destination, max_train_steps, choose_device(device))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..config.evaluation import CocoEvaluation, FolderSampling, SampleFolder
+from ..config.evaluation import FolderSampling, SampleFolder
 from ..core.surgery import build_student
 from ..costs.counting import count
 from ..costs.measuring import interleaved_latency
@@ -22,39 +20,35 @@ from ..evaluation.prompts import Prompt
 from ..evaluation.sampling import image_seed
 from ..files import resolve
 from ..models.hashes import model_hash
-from ..models.pipelines import Pipeline, find_pipeline, load_unet, sampling_dtype, with_unet
+from ..models.pipelines import find_pipeline, load_unet, sampling_dtype, with_unet
 from .live import Gallery
 from .run import Run, folder_name, student_folder
 
 Table = dict[str, dict[str, Score]]  # model -> score -> value and error
 
 
-@dataclass
 class Comparison:
-    """Models that sample the same prompts from the same noise.
+    """Teacher, trained students, and where they are wanted two untrained ones, on the same prompts and noise.
 
     Attributes:
-        pipeline: the teacher's; None where its weights or the prompts are not available.
-        models: U-Nets by name, the teacher first.
+        models: U-Nets by name, the teacher first; empty where its weights or the prompts are not available.
         paths: where the U-Nets of trained students were loaded from.
+        students: the names of the trained students.
         folders: folders of images by model, once `sample` has filled them.
     """
 
-    run: Run
-    pipeline: Pipeline | None
-    prompts: list[Prompt]
-    models: dict[str, object] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-    folders: dict[str, Path] = field(default_factory=dict)
-
-    @property
-    def config(self) -> CocoEvaluation:
-        return self.run.config
-
-    @property
-    def students(self) -> list[str]:
-        """The names of the trained students."""
-        return list(self.paths)
+    def __init__(self, run: Run):
+        self.run, self.config, self.folders = run, run.config, {}
+        self.prompts: list[Prompt] = run.if_available(read_job_prompts, self.config.part(SampleFolder)) or []
+        dtype = sampling_dtype(run.device)
+        self.pipeline = find_pipeline(self.config.teacher, run.device, dtype) if self.prompts else None
+        self.models = {"teacher": self.pipeline.unet} if self.pipeline else {}
+        self.paths = _students(run) if self.pipeline else {}
+        self.models |= {name: load_unet(path, self.pipeline) for name, path in self.paths.items()}
+        self.students = list(self.paths)
+        if self.pipeline and self.config.untrained:
+            self.models["copied"] = build_student(self.pipeline.unet, run.plan).eval()
+            self.models["random"] = build_student(self.pipeline.unet, run.plan, copy=False).eval()
 
     def first_captions(self, number: int = 4) -> pd.DataFrame:
         """Ids, captions and the seeds of their noise."""
@@ -77,12 +71,9 @@ class Comparison:
             folder = self.folders[name] = folder_of(self.config.images_dir, label, key, sampling)
             if not self.config.resume:
                 delete_images(folder, self.prompts)
-            if self.config.num_processes:
-                progress = self._in_processes(name, folder)
-            else:
-                progress = sample_folder(model, self.prompts, folder, sampling, key)
-            for step in progress:
-                gallery.update(name, step)
+            several = self._in_processes(name, folder) if self.config.num_processes else None
+            for progress in several or sample_folder(model, self.prompts, folder, sampling, key):
+                gallery.update(name, progress)
         return self.folders
 
     def _label(self, name: str) -> str:
@@ -109,10 +100,9 @@ class Comparison:
     def scores(self, evaluations: Mapping[str, Evaluation]) -> Table:
         """Every model's scores, and how far its images are from the teacher's."""
         table = {name: dict(evaluation.scores) for name, evaluation in evaluations.items()}
-        for name in table:
+        for name, row in table.items():
             if name != "teacher":
-                distance = distance_to(self.folders["teacher"], self.folders[name], self.prompts)
-                table[name]["distance to teacher"] = distance
+                row["distance to teacher"] = distance_to(self.folders["teacher"], self.folders[name], self.prompts)
             for id, reason in evaluations[name].skipped[:5]:
                 print(f"{name}: set aside {id}: {reason}")
         return table
@@ -124,10 +114,10 @@ class Comparison:
 
     def fid_by_number(self, evaluator: Evaluator) -> dict[str, dict[int, Score]]:
         """FID of random subsets of a quarter, a half … of the images, by model."""
-        numbers = np.linspace(len(self.prompts) / 4, len(self.prompts), 4)
-        counts = sorted({int(n) for n in numbers if n >= FEWEST})
-        chosen = ("teacher", *self.students)
-        return {name: evaluator.fid_by_number(self.folders[name], self.prompts, counts) for name in chosen}
+        quarters = {len(self.prompts) * number // 4 for number in (1, 2, 3, 4)}
+        counts = sorted(n for n in quarters if n >= FEWEST)
+        return {name: evaluator.fid_by_number(self.folders[name], self.prompts, counts)
+                for name in ("teacher", *self.students)}  # fmt: skip
 
     def by_guidance(self, evaluator: Evaluator) -> dict[float, dict[str, Score]]:
         """Scores of the first trained student at each guidance scale, of few images in few steps."""
@@ -145,12 +135,9 @@ class Comparison:
 
     def write_csv(self, path: Path, table: Table, evaluations: Mapping[str, Evaluation]) -> None:
         """Every score with its error, protocol, number of images and the hash of what it was computed on."""
-        rows = []
-        for name, row in table.items():
-            found = evaluations[name]
-            source = {"protocol": found.protocol, "images": found.num_images, "key": found.key}
-            rows += [{"model": name, "score": score, "value": s.value, "error": s.error, **source}
-                     for score, s in row.items()]  # fmt: skip
+        rows = [{"model": name, "score": score, "value": s.value, "error": s.error, "protocol": e.protocol,
+                 "images": e.num_images, "key": e.key}
+                for name, e in evaluations.items() for score, s in table[name].items()]  # fmt: skip
         pd.DataFrame(rows).to_csv(path, index=False)
 
     def metrics(self, table: Table, evaluations: Mapping, by_number: Mapping, by_guidance: Mapping) -> dict:
@@ -171,23 +158,6 @@ class Comparison:
 
 def _plain(table: Mapping) -> dict:
     return {row: {column: list(score) for column, score in scores.items()} for row, scores in table.items()}
-
-
-def load_models(run: Run) -> Comparison:
-    """The prompts, the teacher, the trained students, and where they are wanted two untrained ones."""
-    config = run.config
-    prompts = run.if_available(read_job_prompts, config.part(SampleFolder)) or []
-    pipeline = find_pipeline(config.teacher, run.device, sampling_dtype(run.device)) if prompts else None
-    comparison = Comparison(run, pipeline, prompts)
-    if pipeline is None:
-        return comparison
-    comparison.models["teacher"] = pipeline.unet
-    for name, path in _students(run).items():
-        comparison.models[name], comparison.paths[name] = load_unet(path, pipeline), path
-    if config.untrained:
-        comparison.models["copied"] = build_student(pipeline.unet, run.plan).eval()
-        comparison.models["random"] = build_student(pipeline.unet, run.plan, copy=False).eval()
-    return comparison
 
 
 def _students(run: Run) -> dict[str, str]:

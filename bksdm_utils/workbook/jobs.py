@@ -19,21 +19,13 @@ def prepare_training(config: KDTraining, folder: Path) -> tuple[KDJob, Scorer]:
     return prepare(config, folder, config.device, scorer.validate), scorer
 
 
-def train_student(config: KDTraining, folder: Path) -> None:
-    """Trains to the end; leaves checkpoints, unet and unet_ema."""
-    scorer = Scorer(config, config.device)
-    _to_the_end(folder, train, config, folder, config.device, scorer.validate)
-
-
-def sample_images(config: SampleFolder, folder: Path) -> None:
-    """Samples to the end."""
-    _to_the_end(folder, sample, config, folder)
-
-
-def _to_the_end(folder: Path, work, *args) -> None:
-    """Runs it; its end, good or bad, can be read by who follows the processes."""
+def run_job(config: KDTraining | SampleFolder, folder: Path) -> None:
+    """Trains, or samples, to the end; whoever follows the processes can read how it ended."""
     try:
-        work(*args)
+        if isinstance(config, KDTraining):
+            train(config, folder, config.device, Scorer(config, config.device).validate)
+        else:
+            sample(config, folder)
     except Exception as error:
         print(f"{LAST_WORDS[0]}{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
         raise
