@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,22 +29,7 @@ from ..models.pipelines import Pipeline, own_copy, with_unet
 from ..models.saving import save_model
 from ..training.batches import KDBatches
 from ..training.latents import load_data
-from ..training.rng import BatchRng
 from ..training.trainer import Trainer
-
-
-@dataclass
-class IntervalBatches(KDBatches):
-    """Batches whose timesteps are the noisy ends of the schedule's intervals, of `width` timesteps, chosen at random.
-
-    Its `num_train_timesteps` is the number of intervals.
-    """
-
-    width: int = 1
-
-    def __call__(self, rng: BatchRng) -> Batch:
-        batch = super().__call__(rng)
-        return replace(batch, timesteps=(batch.timesteps + 1) * self.width - 1)
 
 
 class ConsistencyDistillation:
@@ -75,20 +59,20 @@ class ConsistencyDistillation:
         self.conditioning, self.empty_ids, self.guidance_scale = conditioning, empty_ids, guidance_scale
         self.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=num_intervals)
 
-    def batches(self, data) -> IntervalBatches:
-        """The batches that `losses` takes, of a data set as `load_data` gives it."""
-        intervals = self.scheduler.config.original_inference_steps
-        return IntervalBatches(data, intervals, self.solver.device, width=self.width)
+    def batches(self, data) -> KDBatches:
+        """The batches that `losses` takes, of a data set as `load_data` gives it: numbers of intervals as timesteps."""
+        return KDBatches(data, self.scheduler.config.original_inference_steps, self.solver.device)
 
     def losses(self, student: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Mean squared difference of the two answers, each example weighted by its signal-to-noise ratio, at most 1."""
-        nearer = (batch.timesteps - self.width).clamp(min=0)
-        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        timesteps = (batch.timesteps + 1) * self.width - 1  # the noisy ends of the batch's intervals
+        nearer = (timesteps - self.width).clamp(min=0)
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, timesteps)
         condition = self.conditioning(batch.token_ids)
         with torch.no_grad():
-            target = self.answer(student, self.solve(noisy, batch.timesteps, nearer, condition), nearer, condition)
-        answer = self.answer(student, noisy, batch.timesteps, condition)
-        weights = compute_snr(self.scheduler, batch.timesteps).clamp(max=1)
+            target = self.answer(student, self.solve(noisy, timesteps, nearer, condition), nearer, condition)
+        answer = self.answer(student, noisy, timesteps, condition)
+        weights = compute_snr(self.scheduler, timesteps).clamp(max=1)
         return {"loss": kd_losses(answer, target, target, {}, LossWeights(1.0, 0.0, 0.0), weights).total}
 
     def answer(self, student: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, condition: dict) -> torch.Tensor:
@@ -116,7 +100,7 @@ class ConsistencyDistillation:
 
 def prepare_few_step(
     config: DemoAndExport, student: Pipeline, teacher: UNet2DConditionModel, folder: Path
-) -> tuple[ConsistencyDistillation, IntervalBatches, Trainer]:
+) -> tuple[ConsistencyDistillation, KDBatches, Trainer]:
     """What `trainer.steps(distillation.losses, batches)` needs: the teacher's U-Net guides a copy of the student's.
 
     Raises:

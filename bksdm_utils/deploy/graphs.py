@@ -50,9 +50,6 @@ def parts(pipeline: StableDiffusionPipeline) -> dict[str, tuple[nn.Module, dict[
     """The networks of sampling: name -> (network, example of its inputs for a batch of two, name of its output).
 
     The networks are copies in full precision, so that the pipeline's own stay as they are.
-
-    Raises:
-        NotExpressible: an SDXL pipeline.
     """
     check_sd(pipeline)
     config, tokens = pipeline.unet.config, pipeline.tokenizer.model_max_length

@@ -29,12 +29,8 @@ def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name
     """One file in the layout of the original Stable Diffusion, which Automatic1111 and ComfyUI read.
 
     `folder` gets name.safetensors; name.yaml, the description that Automatic1111 needs beside it; and config/, with
-    which `StableDiffusionPipeline.from_single_file(file, config=…)` loads it offline.
-
-    That layout always has a mid block. A student without one gets one whose residuals are zero.
-
-    Returns:
-        a remark for users of the file.
+    which `StableDiffusionPipeline.from_single_file(file, config=…)` loads it offline. That layout always has a mid
+    block: a student without one gets one whose residuals are zero. Returns a remark for users of the file.
 
     Raises:
         NotExpressible: the layout cannot hold the model.
@@ -43,7 +39,7 @@ def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name
     check_sd(pipeline)
     unet = with_mid_block(pipeline.unet)
     _check_expressible(unet)
-    added = sum(p.numel() for p in unet.parameters()) - sum(p.numel() for p in pipeline.unet.parameters())
+    added = unet.num_parameters() - pipeline.unet.num_parameters()
     tensors = {f"model.diffusion_model.{k}": t for k, t in ldm_unet(unet).items()}
     tensors |= {f"first_stage_model.{k}": t for k, t in ldm_vae(pipeline.vae).items()}
     texts = pipeline.text_encoder.state_dict().items()
@@ -105,11 +101,8 @@ def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
     module = next(m for m in names if name.startswith(m + "."))
-    rest = name[len(module) + 1 :]
-    if ".resnets." in module:
-        layer, kind = rest.split(".")
-        rest = f"{RESNET[layer]}.{kind}"
-    return f"{names[module]}.{rest}"
+    layer, _, rest = name.removeprefix(f"{module}.").partition(".")
+    return ".".join([names[module], RESNET[layer] if ".resnets." in module else layer, rest]).rstrip(".")
 
 
 def ldm_vae(vae: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""DreamBooth (arXiv 2208.12242): a Stable Diffusion learns one subject from a few images (notebook 05)."""
+"""DreamBooth (arXiv 2208.12242) by full fine-tuning or LoRA (arXiv 2106.09685) of few images (notebook 05)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config.dreambooth import DreamBoothTraining
@@ -17,22 +21,96 @@ from ..config.training import Training
 from ..core.losses import Batch, training_target
 from ..data.images import to_pixels
 from ..files import CsvLog
-from ..models.hashes import model_hash
+from ..models.devices import supported_precision
+from ..models.hashes import architecture_hash, model_hash
+from ..models.lora import LORA_BASE
 from ..models.pipelines import Pipeline, own_copy
-from ..training.encoding import encoding_batch, posterior, token_ids
+from ..models.saving import save_model
+from ..training.encoding import encoding_batch, posterior, to_device, token_ids
 from ..training.rng import BatchRng
 from ..training.step import Step
 from ..training.trainer import Trainer
-from .model import DreamBoothModel
 from .subjects import Subject, images_hash
 
 CONTENT = ("methods", "identifier", "prior_loss_weight", "train_text_encoder", "lora_rank", "lora_alpha",
            "lora_targets", "lora_text_rank", "lora_text_alpha", "lora_text_targets")  # fmt: skip
 
 
+class DreamBoothModel(nn.Module):
+    """U-Net and text encoder of a pipeline as one model, so that both are trained and saved together.
+
+    The networks are the pipeline's own: it samples with what has been learned so far.
+
+    Args:
+        config: for one method, as `config.for_method` gives it: "full" trains all weights of the U-Net, "lora"
+            adapters in it, W x + (alpha / rank) B A x; with `train_text_encoder` the same in the text encoder.
+
+    Raises:
+        ValueError: an SDXL pipeline, or LoRA targets that name no layer.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, config: DreamBoothTraining):
+        super().__init__()
+        if not isinstance(pipeline, StableDiffusionPipeline):
+            raise ValueError(f"DreamBooth is not written for a {type(pipeline).__name__}: expected SD-v1 or SD-v2")
+        (self.method,) = config.methods
+        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self.base = architecture_hash(pipeline.unet)
+        full = self.method == "full"
+        self.unet.requires_grad_(full)
+        self.text_encoder.requires_grad_(full and bool(config.train_text_encoder))
+        pipeline.vae.requires_grad_(False)
+        if full:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            _add_adapters(self.unet, config.lora_rank, config.lora_alpha, config.lora_targets)
+            if config.train_text_encoder:
+                text = config.lora_text_rank, config.lora_text_alpha, config.lora_text_targets
+                _add_adapters(self.text_encoder, *text)
+
+    def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w), (B,), (B, T) -> the U-Net's prediction, (B, 4, h, w)."""
+        hidden_states = self.text_encoder(token_ids)[0]
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states=hidden_states).sample
+
+    @property
+    def num_trained(self) -> int:
+        """How many parameters are trained."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def save(self, pipeline: StableDiffusionPipeline, folder: Path) -> None:
+        """Full: a whole pipeline. LoRA: what `pipe.load_lora_weights(folder)` takes, with alphas and base model."""
+        if self.method == "full":
+            save_model(pipeline, folder)
+            return
+        options = {}
+        for name, part in (("unet", self.unet), ("text_encoder", self.text_encoder)):
+            if getattr(part, "peft_config", None):
+                options[f"{name}_lora_layers"] = get_peft_model_state_dict(part)
+                options[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+        StableDiffusionPipeline.save_lora_weights(folder, **options)
+        file = folder / "pytorch_lora_weights.safetensors"
+        with safe_open(file, "pt") as written:
+            metadata = {**written.metadata(), LORA_BASE: self.base}
+        save_file(load_file(file), file, metadata=metadata)
+
+
+def _add_adapters(part: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+    layers = [name for name, layer in part.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):  # PEFT ignores such a target
+            raise ValueError(f"no layer of the {type(part).__name__} is called {target}: expected ends of names such "
+                             f"as {layers[-1]}")  # fmt: skip
+    part.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), "default")
+
+
 @dataclass(frozen=True)
 class Moments:
-    """Latents of a few captioned images: the posterior's mean and deviation, (N, 4, h, w), and token ids, (N, T)."""
+    """Latents of a few captioned images: the posterior's mean and deviation, (N, 4, h, w), and token ids, (N, T).
+
+    All on the CPU, where a batch is put together; a GPU would have to be waited for.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -40,22 +118,14 @@ class Moments:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, pipeline: Pipeline, images: Sequence[Image.Image], captions: Sequence[str], resolution: int) -> Moments:
-        """Encodes images, centre-cropped to `resolution`."""
+    def of(cls, pipeline: Pipeline, captioned: Sequence[tuple[str, Image.Image]], resolution: int) -> Moments:
+        """Encodes (caption, image) pairs, centre-cropped to `resolution`."""
         size, parts = encoding_batch(resolution), []
-        for start in range(0, len(images), size):
-            pixels = torch.stack([to_pixels(image, resolution) for image in images[start : start + size]])
-            parts.append(posterior(pipeline, pixels))
+        for start in range(0, len(captioned), size):
+            pixels = [to_pixels(image, resolution) for _, image in captioned[start : start + size]]
+            parts.append(posterior(pipeline, torch.stack(pixels)))
         mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return cls(mean, std, token_ids(pipeline, captions).to(mean.device))
-
-    def batch(self, rng: BatchRng, num_train_timesteps: int) -> tuple[torch.Tensor, ...]:
-        """Latents sampled from the posteriors, noise, timesteps and token ids of one micro-batch."""
-        indices = replace(rng, num_examples=len(self.mean)).indices  # a permutation of these images, epoch by epoch
-        shape, device = self.mean.shape[1:], self.mean.device
-        latents = self.mean[indices] + self.std[indices] * rng.normal(*shape).to(self.mean)
-        noise = rng.normal(*shape).to(latents)
-        return latents, noise, rng.integers(num_train_timesteps).to(device), self.token_ids[indices]
+        return cls(mean.cpu(), std.cpu(), token_ids(pipeline, [caption for caption, _ in captioned]))
 
 
 @dataclass(frozen=True)
@@ -65,6 +135,7 @@ class SubjectBatches:
     instance: Moments
     prior: Moments | None
     num_train_timesteps: int
+    device: torch.device | str = "cpu"
 
     @property
     def num_examples(self) -> int:
@@ -72,24 +143,39 @@ class SubjectBatches:
         return len(self.instance.mean)
 
     def __call__(self, rng: BatchRng) -> Batch:
-        moments = [self.instance] if self.prior is None else [self.instance, self.prior]
-        parts = [some.batch(rng, self.num_train_timesteps) for some in moments]
-        return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        """One micro-batch; both halves use the same generators, one after the other."""
+        parts = [self._sampled(moments, rng) for moments in (self.instance, self.prior) if moments is not None]
+        return Batch(*(to_device(torch.cat(tensors), self.device) for tensors in zip(*parts, strict=True)))
+
+    def _sampled(self, moments: Moments, rng: BatchRng) -> tuple[torch.Tensor, ...]:
+        indices = replace(rng, num_examples=len(moments.mean)).indices  # a permutation of these images, by epoch
+        shape = moments.mean.shape[1:]
+        latents = moments.mean[indices] + moments.std[indices] * rng.normal(*shape)
+        return latents, rng.normal(*shape), rng.integers(self.num_train_timesteps), moments.token_ids[indices]
 
 
 @dataclass(frozen=True)
-class DreamBoothLoss:
-    """The loss of the subject's images, plus, weighted, that of its class's (prior preservation).
+class DreamBoothRun:
+    """One model learning one subject by one method: `for step in run.steps(): …`, then `run.save()`.
 
     Attributes:
+        pipeline: samples with what has been learned so far.
         scheduler: the noise schedule; for ε- and v-prediction.
-        prior_loss_weight: with 0, the batch holds the subject's images only.
+        prior_loss_weight: with 0, a batch holds the subject's images only.
+        log, points: losses and costs of every step; scores during training, for whoever measures them.
     """
 
+    pipeline: StableDiffusionPipeline
+    model: DreamBoothModel
+    trainer: Trainer
+    batches: SubjectBatches
     scheduler: DDPMScheduler
     prior_loss_weight: float
+    log: CsvLog
+    points: CsvLog
 
-    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """The loss of the subject's images, plus, weighted, that of its class's (prior preservation)."""
         noisy_latents = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
         target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
         prediction = model(noisy_latents, batch.timesteps, batch.token_ids)
@@ -100,22 +186,9 @@ class DreamBoothLoss:
         instance, prior = (half.mean() for half in errors.chunk(2))
         return {"loss": instance + self.prior_loss_weight * prior, "loss_instance": instance, "loss_prior": prior}
 
-
-@dataclass(frozen=True)
-class DreamBoothRun:
-    """One model learning one subject by one method: `for step in run.steps(): …`, then `run.save()`."""
-
-    pipeline: StableDiffusionPipeline  # samples with what has been learned so far
-    model: DreamBoothModel
-    trainer: Trainer
-    loss: DreamBoothLoss
-    batches: SubjectBatches
-    log: CsvLog  # losses and costs of every step
-    points: CsvLog  # scores during training, for whoever measures them
-
     def steps(self) -> Iterator[Step]:
         """Trains, logging and yielding after every optimizer step; the caller may sample in between."""
-        for step in self.trainer.steps(self.loss, self.batches):
+        for step in self.trainer.steps(self.losses, self.batches):
             self.log.append(step.floats())
             yield step
 
@@ -146,15 +219,14 @@ def prepare(
         own.unet.enable_gradient_checkpointing()
     model = DreamBoothModel(own, config)
     side = config.resolution or own.unet.config.sample_size * own.vae_scale_factor
-    instance, prior = Moments.of(own, subject.images, subject.captions(config.identifier), side), None
-    if config.prior_loss_weight:
-        captions, images = zip(*class_images, strict=True)
-        prior = Moments.of(own, images, captions, side)
+    captioned = list(zip(subject.captions(config.identifier), subject.images, strict=True))
+    prior = Moments.of(own, class_images, side) if config.prior_loss_weight else None
     scheduler = DDPMScheduler.from_config(own.scheduler.config)
+    instance, steps = Moments.of(own, captioned, side), scheduler.config.num_train_timesteps
+    batches = SubjectBatches(instance, prior, steps, own.device)
     fingerprint = {"base": model_hash(pipeline), "subject": subject.key, "class_images": images_hash(class_images),
                    "resolution": side, **{name: getattr(config, name) for name in CONTENT}}  # fmt: skip
-    precision = config.mixed_precision if own.device.type == "cuda" else "no"
+    precision = supported_precision(config.mixed_precision, own.device.type)
     trainer = Trainer(model, config.part(Training, mixed_precision=precision), folder, config.resume, fingerprint)
-    batches = SubjectBatches(instance, prior, scheduler.config.num_train_timesteps)
     logs = (CsvLog(folder / name, trainer.step) for name in ("log.csv", "along.csv"))
-    return DreamBoothRun(own, model, trainer, DreamBoothLoss(scheduler, config.prior_loss_weight), batches, *logs)
+    return DreamBoothRun(own, model, trainer, batches, scheduler, config.prior_loss_weight, *logs)

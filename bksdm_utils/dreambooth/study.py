@@ -1,4 +1,4 @@
-"""What notebook 05 compares: the same prompts with every model, before, during and after training by every method."""
+"""Notebook 05: the same prompts with every model before, during and after training, and the scores of the paper."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ..config.dreambooth import DreamBoothTraining
 from ..config.evaluation import FolderSampling
 from ..evaluation.folders import folder_of, image_path, sample_folder
-from ..evaluation.metrics import Score
+from ..evaluation.metrics import Score, mean_score
 from ..evaluation.networks import MetricClip, Network
 from ..evaluation.prompts import Prompt
 from ..files import check_disk
 from ..models.hashes import model_hash
 from ..models.pipelines import Pipeline, find_pipeline, load_unet, sampling_dtype, with_unet
 from .job import DreamBoothRun
-from .scores import subject_scores
 from .subjects import Subject, class_prompts
 
 
 def load_models(config: DreamBoothTraining, student_folder: Path, variant: str) -> dict[str, Pipeline]:
     """Teacher and student, as `config.models` asks for them, by name; one that does not exist is left out.
 
-    Args:
-        student_folder: a U-Net's, where `config.student` names none.
-        variant: the student's name.
+    The student is `config.student`, or the U-Net in `student_folder`; `variant` is its name.
     """
     teacher = find_pipeline(config.teacher, config.device, sampling_dtype(config.device))
     models = {"teacher": teacher} if teacher and "teacher" in config.models else {}
@@ -154,9 +153,44 @@ class Study:
         }  # fmt: skip
 
 
+@torch.no_grad()
+def subject_scores(
+    clip: MetricClip, dino: Network | None, images: Sequence[Image.Image], real: Sequence[Image.Image],
+    texts: Sequence[str],
+) -> dict[str, Score]:  # fmt: skip
+    """The scores of the DreamBooth paper (section 4.2), with standard errors over the sampled images.
+
+    Args:
+        dino: DINO's ViT-S/16; None leaves its score out.
+        real: the subject's images.
+        texts: the prompt of each sampled image, without the identifier.
+
+    Returns:
+        clip_i, dino: mean cosine between sampled and real images; clip_t: between sampled images and their texts.
+    """
+    embeddings = clip.images(images)
+    scores = {"clip_i": mean_score((embeddings @ clip.images(real).T).mean(1).cpu())}
+    if dino is not None:
+        sampled_rows, real_rows = (F.normalize(dino(list(some)), dim=-1) for some in (images, real))
+        scores["dino"] = mean_score((sampled_rows @ real_rows.T).mean(1).cpu())
+    return scores | {"clip_t": mean_score((embeddings * clip.texts(list(texts))).sum(-1).cpu())}
+
+
 def score_table(scores: Mapping[str, Mapping[str, Score]]) -> pd.DataFrame:
     """One row for each entry, its scores with their standard errors."""
     return pd.DataFrame({name: {score: str(value) for score, value in some.items()} for name, some in scores.items()}).T
+
+
+def mean_table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """Subjects and their scores, and a last row with the means over subjects and their standard errors.
+
+    Args:
+        rows: "subject" -> name, and score -> (value, error).
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "subject"))
+    lines = [{"subject": row["subject"], **{n: str(Score(*row[n])) for n in names if n in row}} for row in rows]
+    means = {name: str(mean_score([row[name][0] for row in rows if name in row])) for name in names}
+    return pd.DataFrame([*lines, {"subject": "mean", **means}])
 
 
 def _point(step: int, scores: Mapping[str, Score]) -> dict[str, float]:

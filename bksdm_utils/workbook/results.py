@@ -12,7 +12,7 @@ import pandas as pd
 from ..config.presets import PRESETS
 from ..core.plans import student_config
 from ..costs.counting import count
-from ..dreambooth.scores import table as subject_scores
+from ..dreambooth.study import mean_table
 from ..evaluation.metrics import Score
 from ..models.configs import model_config
 from .parameters import find_notebook
@@ -157,7 +157,7 @@ def subjects_table(results: Sequence[Mapping]) -> pd.DataFrame:
             before = {f"{score} before": pair for score, pair in untrained.items()}
             runs = learned.setdefault((r["preset"], learner, m["steps"], r["settings"]), {})
             runs[r["config"]["subject"], seed] = {"subject": name, **before, **m["scores"][learner]}
-    tables = [subject_scores(list(runs.values())).assign(**dict(zip(LEARNER, key, strict=True)))
+    tables = [mean_table(list(runs.values())).assign(**dict(zip(LEARNER, key, strict=True)))
               for key, runs in sorted(learned.items())]  # fmt: skip
     rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*LEARNER, "subject"])
     return rows[[*LEARNER, *(name for name in rows if name not in LEARNER)]].fillna("")

@@ -93,14 +93,13 @@ def test_student_learns_and_samples_in_two_steps(pipeline, tmp_path):
 
 
 def test_timesteps_end_intervals_and_the_target_is_one_interval_nearer(pipeline):
-    rng, expected = BatchRng(0, 0, range(4), 4, 6), set(range(99, 1000, 100))
-    ours, data = distillation(pipeline)
-    batches = [ours.batches(data)(BatchRng(0, step, range(4), 4, 6)) for step in range(20)]
-    assert {t for batch in batches for t in batch.timesteps.tolist()} == expected
-    ours, data = distillation(pipeline, num_intervals=1)
-    seen = []
-    ours.answer = lambda student, noisy, timesteps, condition: seen.append(timesteps.tolist()) or noisy
-    ours.losses(pipeline.unet, ours.batches(data)(rng))
-    assert seen == [[0] * 4, [999] * 4]  # a single interval reaches from noise to image
+    for intervals, expected in ((10, set(range(99, 1000, 100))), (1, {999})):
+        (ours, data), seen = distillation(pipeline, num_intervals=intervals), []
+        ours.answer = lambda student, noisy, timesteps, condition, seen=seen: seen.append(timesteps) or noisy
+        for step in range(20):
+            ours.losses(pipeline.unet, ours.batches(data)(BatchRng(0, step, range(4), 4, 6)))
+        nearer, noisier = torch.cat(seen[::2]), torch.cat(seen[1::2])
+        assert set(noisier.tolist()) == expected
+        assert torch.equal(nearer, (noisier - 1000 // intervals).clamp(min=0))  # one interval may reach to the image
     with pytest.raises(ValueError, match="lcm_intervals is 1001: expected at most 1000"):
         distillation(pipeline, num_intervals=1001)

@@ -10,8 +10,7 @@ from bksdm_utils.config.dreambooth import DreamBoothTraining
 from bksdm_utils.data.rendering import render, render_subject
 from bksdm_utils.data.scenes import PLACES, Scene, Thing
 from bksdm_utils.dreambooth.job import prepare
-from bksdm_utils.dreambooth.scores import subject_scores, table
-from bksdm_utils.dreambooth.study import Study, load_models, score_table
+from bksdm_utils.dreambooth.study import Study, load_models, mean_table, score_table, subject_scores
 from bksdm_utils.dreambooth.subjects import load_subject
 from bksdm_utils.evaluation.networks import MetricClip, dino
 from bksdm_utils.files import ROOT, write_json
@@ -43,7 +42,7 @@ def test_dino_adds_its_score(clip, tmp_path):
 
 def test_the_last_row_of_the_table_is_the_mean_over_subjects():
     rows = [{"subject": "a", "clip_i": (0.2, 0.01)}, {"subject": "b", "clip_i": (0.4, 0.02), "dino": (0.5, 0.1)}]
-    result = table(rows)
+    result = mean_table(rows)
     assert list(result["subject"]) == ["a", "b", "mean"]
     assert [float(text.split()[0]) for text in result["clip_i"]] == pytest.approx([0.2, 0.4, 0.3])
 

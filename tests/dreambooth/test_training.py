@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,7 @@ from bksdm_utils.config.dreambooth import DreamBoothTraining
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
-from bksdm_utils.dreambooth.job import DreamBoothLoss, Moments, SubjectBatches, prepare
-from bksdm_utils.dreambooth.model import DreamBoothModel
+from bksdm_utils.dreambooth.job import DreamBoothModel, prepare
 from bksdm_utils.dreambooth.subjects import class_prompts, load_subject
 from bksdm_utils.evaluation.sampling import generate, image_seed
 from bksdm_utils.files import ROOT
@@ -62,14 +62,14 @@ def pixels(images):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, prediction_type):
+def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, prediction_type, tmp_path):
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    instance = Moments.of(pipeline, subject.images, subject.captions("z"), 64)
-    prior = Moments.of(pipeline, [image for _, image in class_images], [text for text, _ in class_images], 64)
-    model = DreamBoothModel(pipeline, SMALL.for_method("full"))
-    ours = DreamBoothLoss(scheduler, 0.5)(model, SubjectBatches(instance, prior, 1000)(BatchRng(7, 5, range(2), 2, 5)))
+    other = with_unet(pipeline, pipeline.unet)
+    other.scheduler = scheduler
+    run = replace(prepared(other, subject, tmp_path, "full", class_images=class_images), prior_loss_weight=0.5)
+    ours, pipeline = run.losses(run.model, run.batches(BatchRng(7, 5, range(2), 2, 5))), run.pipeline
     generators, expected = BatchRng(7, 5, range(2), 2, 5).generators, {}
-    for name, moments, size in (("loss_instance", instance, 5), ("loss_prior", prior, 3)):
+    for name, moments, size in (("loss_instance", run.batches.instance, 5), ("loss_prior", run.batches.prior, 3)):
         shape, errors = moments.mean.shape[1:], []
         sampling, noise = ([torch.randn(shape, generator=g) for g in generators] for _ in range(2))
         times = [torch.randint(1000, (1,), generator=g) for g in generators]
@@ -84,8 +84,8 @@ def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, pr
         expected[name] = sum(errors).item() / len(errors)
     expected["loss"] = expected["loss_instance"] + 0.5 * expected["loss_prior"]
     assert {name: value.item() for name, value in ours.items()} == pytest.approx(expected, rel=1e-5)
-    batch = SubjectBatches(instance, None, 1000)(BatchRng(7, 5, range(2), 2, 5))
-    without = DreamBoothLoss(scheduler, 0)(model, batch)
+    batch = replace(run.batches, prior=None)(BatchRng(7, 5, range(2), 2, 5))
+    without = replace(run, prior_loss_weight=0.0).losses(run.model, batch)
     assert set(without) == {"loss", "loss_instance"}
     assert without["loss"].item() == pytest.approx(expected["loss_instance"], rel=1e-5)
 
@@ -250,7 +250,7 @@ def test_v_prediction_pipelines_are_trained_on_v(pipeline, subject, tmp_path):
     losses = []
     for name, base in (("epsilon", pipeline), ("v_prediction", other)):
         run = prepared(base, subject, tmp_path / name)
-        assert run.loss.scheduler.config.prediction_type == name
+        assert run.scheduler.config.prediction_type == name
         losses.append(float(next(iter(run.steps())).losses["loss"]))
     assert losses[0] != losses[1]  # of the same noise
 

@@ -13,7 +13,7 @@ from bksdm_utils.config.dreambooth import DreamBoothTraining
 from bksdm_utils.config.plan_files import read_plan
 from bksdm_utils.core.plans import RemovalPlan, Stage
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.dreambooth.model import DreamBoothModel
+from bksdm_utils.dreambooth.job import DreamBoothModel
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 from bksdm_utils.workbook.parameters import find_notebook
 
