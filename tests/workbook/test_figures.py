@@ -18,7 +18,7 @@ from PIL import Image
 from bksdm_utils.core.plans import named_plans, student_config
 from bksdm_utils.evaluation.folders import Progress
 from bksdm_utils.evaluation.prompts import Prompt
-from bksdm_utils.workbook import live, widgets
+from bksdm_utils.workbook import live
 from bksdm_utils.workbook.figures import (
     bars,
     error_bars,
@@ -57,7 +57,6 @@ class Outputs(list):
 def outputs(monkeypatch):
     outputs = Outputs()
     monkeypatch.setattr(live, "display", outputs)
-    monkeypatch.setattr(widgets, "display", outputs)
     return outputs
 
 
@@ -224,7 +223,7 @@ def test_controls_replace_the_figure_and_say_what_is_wrong(outputs):
         return plot(f"{number} {text}")
 
     number, text = ipywidgets.IntSlider(1, 0, 9), ipywidgets.Text("x")
-    widgets.explore(draw, number, text)
+    live.explore(draw, number, text)
     pages = [outputs[1].data]
     number.value = 2
     pages.append(outputs[1].data)
@@ -242,9 +241,9 @@ def test_plan_toggles_begin_with_the_runs_plan(outputs, monkeypatch):
         plans.append(plan)
         return plot(plan.name)
 
-    monkeypatch.setattr(widgets, "architecture", lambda config, plan: plot("architecture"))
+    monkeypatch.setattr(live, "architecture", lambda config, plan: plot("architecture"))
     small = named_plans(NARROW)["bk_small"]
-    widgets.plan_toggles(NARROW, small, draw)
+    live.plan_toggles(NARROW, small, draw)
     boxes = {box.description: box for box in outputs[0].children}
     assert plans[-1] == small and outputs[1].data.count("<img") == 2
     boxes["second pair in stage 1"].value = True
@@ -253,24 +252,24 @@ def test_plan_toggles_begin_with_the_runs_plan(outputs, monkeypatch):
 
 def test_plan_toggles_say_why_no_student_can_follow(outputs, monkeypatch):
     monkeypatch.setattr(
-        widgets, "architecture", lambda config, plan: plot(str(student_config(config, plan)["layers_per_block"]))
+        live, "architecture", lambda config, plan: plot(str(student_config(config, plan)["layers_per_block"]))
     )
     config = NARROW | {"block_out_channels": [8, 16, 32, 64]}
-    widgets.plan_toggles(config, named_plans(config)["bk_small"])
+    live.plan_toggles(config, named_plans(config)["bk_small"])
     outputs[0].children[-1].value = False
     assert isinstance(outputs[1], HTML) and "<img" not in outputs[1].data and "innermost" in outputs[1].data
 
 
 def test_menus_choose_rows_of_a_table_that_is_shown_whole(outputs):
     table = pd.DataFrame({"preset": ["a", "a", "b"], "variant": ["x", "y", "x"], "score": [1.5, 2.5, 3.5]})
-    widgets.filtered(table, ["preset", "variant"])
+    live.filtered(table, ["preset", "variant"])
     preset, variant = outputs[0].children
     assert all(score in outputs[1].data for score in ("1.5", "2.5", "3.5"))
     preset.value = "a"
     assert "2.5" in outputs[1].data and "3.5" not in outputs[1].data
     variant.value = "x"
     assert "1.5" in outputs[1].data and "2.5" not in outputs[1].data
-    widgets.filtered(table.iloc[:0], ["preset"])
+    live.filtered(table.iloc[:0], ["preset"])
     assert outputs[2].children[0].options == ("all",)
 
 

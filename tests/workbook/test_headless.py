@@ -8,8 +8,7 @@ from click.testing import CliRunner
 
 from bksdm_utils.workbook import headless, parameters
 from bksdm_utils.workbook.cli import main
-from bksdm_utils.workbook.headless import plan_jobs, run_jobs
-from bksdm_utils.workbook.pages import with_mathml, write_index, write_page
+from bksdm_utils.workbook.headless import plan_jobs, run_jobs, with_mathml, write_index, write_page
 
 
 def values(jobs, name):
