@@ -26,7 +26,7 @@ from bksdm_utils.core.surgery import build_student
 from bksdm_utils.costs.counting import count
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
-from bksdm_utils.evaluation.features import FeatureCache, compute
+from bksdm_utils.evaluation.features import compute
 from bksdm_utils.evaluation.folders import sample_folder
 from bksdm_utils.evaluation.networks import FAST, MetricClip, Network
 from bksdm_utils.evaluation.prompts import Prompt
@@ -107,7 +107,7 @@ def networks(images: list[Image.Image], device: str) -> dict[str, dict[str, Call
         inception.to(memory_format=FAST)
         with tempfile.TemporaryDirectory() as folder:
             items = {str(i): (lambda p=p: p) for i, p in enumerate(images)}
-            compute(FeatureCache(Path(folder)), network, items)
+            compute(Path(folder), network, items)
 
     return {name: {"one by one": lambda n=network: one_by_one(n), "ours": lambda n=network: ours(n)}
             for name, network in compared.items()}  # fmt: skip

@@ -15,23 +15,31 @@ import psutil
 
 from .files import ROOT, folder_lock, write_json
 
-LOG, NOTE = "process.log", "process.json"
+LOG, NOTE, FINISHED = "process.log", "process.json", "process.finished"
 LAST_WORDS = ("failed: ", "stopped by ")  # how the last line of a command begins, among its launcher's tracebacks
 
 
-def launch(folder: Path, num_processes: int, command: str = "train") -> None:
+def launch(folder: Path, num_processes: int, command: str = "train", config: Mapping | None = None) -> None:
     """Starts `python -m bksdm_utils COMMAND --config FOLDER/config.json` in processes, unless they run already.
 
+    Args:
+        config: written as config.json first; None takes the file that exists.
+
     Raises:
-        ValueError: processes with another config.json run there.
+        ValueError: processes with other settings run there; nothing is written then.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    check_same(folder, config)
+    if config is None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = {n: value for n, value in config.items() if n not in ("resume", "output_dir", "num_processes")}
     if running(folder):
+        if _note(folder)["config"] != json.loads(json.dumps(settings)):
+            raise ValueError(f"processes with other settings are running for {folder}: wait for them, stop them by "
+                             "bksdm_utils.processes.stop, or use another folder")  # fmt: skip
         print(f"processes are already running for {folder}: following them")
         return
     with folder_lock(folder):  # or another host's processes are running there
-        pass
+        write_json(folder / "config.json", config)
+        (folder / FINISHED).unlink(missing_ok=True)
     several = ["--multi_gpu"] if num_processes > 1 else []
     line = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -42,19 +50,9 @@ def launch(folder: Path, num_processes: int, command: str = "train") -> None:
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(line, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-    note = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "host": socket.gethostname()}
-    write_json(folder / NOTE, {**note, "num_processes": num_processes, "config": _fixed(config)})
-
-
-def check_same(folder: Path, config: Mapping[str, object]) -> None:
-    """Raises ValueError where processes with another config run for `folder`."""
-    if running(folder) and _note(folder)["config"] != json.loads(json.dumps(_fixed(config))):
-        raise ValueError(f"processes with other settings are running for {folder}: wait for them, stop them by "
-                         "bksdm_utils.processes.stop, or use another folder")  # fmt: skip
-
-
-def _fixed(config: Mapping[str, object]) -> dict:
-    return {name: value for name, value in config.items() if name not in ("resume", "output_dir", "num_processes")}
+    started = psutil.Process(process.pid).create_time()
+    note = {"pid": process.pid, "started": started, "host": socket.gethostname(), "config": settings}
+    write_json(folder / NOTE, note)
 
 
 def running(folder: Path) -> bool:
@@ -92,13 +90,12 @@ def stop(folder: Path) -> None:
 
 def mark_finished(folder: Path) -> None:
     """Called by the processes themselves when the work is finished."""
-    (folder / NOTE).with_suffix(".finished").touch()
+    (folder / FINISHED).touch()
 
 
 def finished(folder: Path) -> bool:
     """Whether the work was finished since the last launch."""
-    mark = (folder / NOTE).with_suffix(".finished")
-    return mark.exists() and mark.stat().st_mtime >= _note(folder)["started"]
+    return (folder / FINISHED).exists()
 
 
 def _note(folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """What tests of several rooms share beside the fixtures, and what their processes import."""
 
+import json
 import os
 import signal
 from itertools import count
@@ -7,8 +8,7 @@ from pathlib import Path
 
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
-from bksdm_utils.evaluation import folders, job
-from bksdm_utils.evaluation.folders import add_images
+from bksdm_utils.evaluation.folders import sample, write_image
 from bksdm_utils.evaluation.prompts import Prompt
 from bksdm_utils.files import write_json
 
@@ -16,10 +16,13 @@ from bksdm_utils.files import write_json
 def fill_folder(folder, images, image_format="png", settings=None):
     """A folder of images as `sample_folder` leaves it; `images` is id -> (text, image). Returns the prompts."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sampling.json", settings or {"model": "m", "image_format": image_format})
-    pairs = [(Prompt(id, text), image) for id, (text, image) in images.items()]
-    add_images(folder, pairs, [0] * len(pairs), image_format)
-    return [prompt for prompt, _ in pairs]
+    path, prompts = folder / "sampling.json", [Prompt(id, text) for id, (text, _) in images.items()]
+    before = json.loads(path.read_text())["texts"] if path.exists() else {}
+    texts = before | {prompt.id: prompt.text for prompt in prompts}
+    write_json(path, {**(settings or {"model": "m", "image_format": image_format}), "texts": texts})
+    for id, (_, image) in images.items():
+        write_image(folder, id, image, image_format)
+    return prompts
 
 
 def renders(count, seed=1000):
@@ -29,8 +32,8 @@ def renders(count, seed=1000):
 
 
 def stop_at(step, stop):
-    """Calls `stop` at a step of writing: before a half-written file is renamed, after it, or in a manifest."""
-    steps, replace, append = count(), os.replace, folders._append
+    """An `os.replace` that calls `stop` at a step of writing: before a half-written file is renamed, or after it."""
+    steps, replace = count(), os.replace
 
     def stopping_replace(source, target):
         if next(steps) == step:
@@ -40,18 +43,10 @@ def stop_at(step, stop):
         if next(steps) == step:
             stop()
 
-    def stopping_append(folder, entries):
-        append(folder, entries[:-1])
-        if next(steps) == step:
-            with (folder / "manifest-0.jsonl").open("a") as file:
-                file.write('\n{"id": "test-9", "te')
-            stop()
-        append(folder, entries[-1:])
-
-    return stopping_replace, stopping_append
+    return stopping_replace
 
 
 def kill_at(step, config, folder):
     """Samples a folder and kills this process at a step of writing."""
-    os.replace, folders._append = stop_at(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    job.sample(config, folder)
+    os.replace = stop_at(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sample(config, folder)

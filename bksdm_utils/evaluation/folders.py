@@ -1,40 +1,32 @@
 """Folders of images: sampled from prompts, resumed where they stopped, shared by several processes (notebook 04).
 
 An image depends on the model, the settings, its prompt and its id: not on order, processes or interruptions. It has its
-final name only when it is complete; a line of a manifest then records its prompt and the hash of the file.
+final name only when it is complete; sampling.json has what the images of a folder share, and their texts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from PIL import Image
 
-from ..config.evaluation import FolderSampling
-from ..files import ROOT, folder_lock, in_threads, write_json
+from ..config.evaluation import FolderSampling, SampleFolder
+from ..files import ROOT, folder_lock, in_threads, is_main_process, write_json
 from ..models.hashes import model_hash
-from ..models.pipelines import Pipeline
-from ..processes import running
-from .prompts import Prompt, check_prompts
+from ..models.lora import load_lora
+from ..models.pipelines import Pipeline, load_pipeline, load_unet, sampling_dtype, with_unet
+from ..processes import follow, launch, running
+from .prompts import Prompt, check_prompts, read_prompts, storybook_prompts
 from .sampling import check_steps, image_seed, sample_batches
 
 ENCODINGS = {"png": (".png", {"format": "PNG"}), "jpeg": (".jpg", {"format": "JPEG", "quality": 75})}
-
-
-@dataclass(frozen=True)
-class ManifestEntry:
-    """An image of a folder, and what it was sampled from."""
-
-    id: str
-    text: str
-    seed: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -69,92 +61,46 @@ def sample_folder(
     state = PartialState(cpu=pipeline.device.type == "cpu")
     # In several processes the others would wait in vain for the main one, and NCCL would end them.
     with folder_lock(folder, wait=state.num_processes == 1):
-        _claim(folder, _settings(model or model_hash(pipeline), sampling), state.is_main_process)
-        state.wait_for_everyone()
-        complete = complete_images(folder)
-        check_same_prompts(folder, prompts, complete)
-        state.wait_for_everyone()  # all have read the same before any writes
+        complete = _claim(folder, prompts, _settings(model or model_hash(pipeline), sampling), state)
         missing = [prompt for prompt in prompts if prompt.id not in complete]
-        before, total = len(prompts) - len(missing), len(prompts)
+        before, done, total = len(prompts) - len(missing), 0, len(prompts)
         yield Progress(before, total)
         # A share of what is missing: a share of all prompts may be complete, and its process would wait for the others.
         share = missing[state.process_index :: state.num_processes]
-        for done, newest in _sample_into(folder, pipeline, share, sampling):
+        seeds = [image_seed(sampling.seed, prompt.id) for prompt in share]
+        for images in sample_batches(pipeline, [prompt.text for prompt in share], seeds, sampling):
+            newest = tuple(zip(share[done : done + len(images)], images, strict=True))
+            for prompt, image in newest:
+                write_image(folder, prompt.id, image, sampling.image_format)
+            done += len(images)
             yield Progress(min(total, before + done * state.num_processes), total, newest)
         state.wait_for_everyone()  # one lock for all
 
 
-def _sample_into(folder: Path, pipeline: Pipeline, prompts: Sequence[Prompt], sampling: FolderSampling) -> Iterator:
-    """Yields after every pass how many images are done, and the newest."""
-    seeds, done = [image_seed(sampling.seed, prompt.id) for prompt in prompts], 0
-    for images in sample_batches(pipeline, [prompt.text for prompt in prompts], seeds, sampling):
-        chosen = slice(done, done + len(images))
-        newest = tuple(zip(prompts[chosen], images, strict=True))
-        add_images(folder, newest, seeds[chosen], sampling.image_format)
-        done += len(images)
-        yield done, newest
+def _claim(folder: Path, prompts: Sequence[Prompt], settings: Mapping, state: PartialState) -> Mapping[str, str]:
+    """Records what the images of a folder share, and their texts; returns its complete images."""
+    path, texts, complete = folder / "sampling.json", {}, {}
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    if any((folder / "images").iterdir()):
+        complete = complete_images(folder, prompts)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        texts = before.pop("texts", {})
+        if other := [f"{n} {before.get(n)!r}, now {settings[n]!r}" for n in settings if before.get(n) != settings[n]]:
+            raise ValueError(f"{folder} has images of {'; of '.join(other)}: use another folder, or delete this one")
+    state.wait_for_everyone()  # all have read the same before any writes
+    if state.is_main_process:
+        write_json(path, {**settings, "texts": {**texts, **{prompt.id: prompt.text for prompt in prompts}}})
+    state.wait_for_everyone()  # no image before its text
+    return complete
 
 
-def add_images(folder: Path, images: Sequence[tuple[Prompt, Image.Image]], seeds: Sequence[int], image_format: str):
-    """Writes images, each under a temporary name first, and adds them to this process's manifest."""
-    (suffix, options), entries = ENCODINGS[image_format], []
-    for (prompt, image), seed in zip(images, seeds, strict=True):
-        path = folder / "images" / f"{prompt.id}{suffix}"
-        part = path.with_name(path.name + ".part")
-        image.save(part, **options)
-        entries.append(ManifestEntry(prompt.id, prompt.text, seed, hashlib.sha256(part.read_bytes()).hexdigest()))
-        os.replace(part, path)
-    _append(folder, entries)
-
-
-def _append(folder: Path, entries: Iterable[ManifestEntry]) -> None:
-    with (folder / f"manifest-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
-        # The line break comes first, for the last line may be one that a kill cut off.
-        file.write("".join(f"\n{json.dumps(asdict(entry))}" for entry in entries))
-
-
-def read_manifest(folder: Path) -> list[ManifestEntry]:
-    """The entries of a folder's manifests, one file for each process; a line that was cut off is left out."""
-    entries = []
-    for path in sorted(folder.glob("manifest-*.jsonl")):
-        for line in path.read_text(errors="replace").split("\n"):
-            try:
-                entries.append(ManifestEntry(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
-    return entries
-
-
-def _settings(model: str, sampling: FolderSampling) -> dict:
-    """What the images of a folder share; the batch size changes none of them."""
-    return {"model": model} | {name: value for name, value in sampling.values().items() if name != "batch_size"}
-
-
-def _claim(folder: Path, settings: Mapping, main: bool) -> None:
-    """Writes what the images of a folder share, or raises ValueError where it has images of something else."""
-    path, images = folder / "sampling.json", folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    if not any(images.iterdir()):
-        return write_json(path, settings) if main else None
-    check_is_image_folder(folder)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if other := [f"{n} {before.get(n)!r}, now {value!r}" for n, value in settings.items() if before.get(n) != value]:
-        raise ValueError(f"{folder} has images of {'; of '.join(other)}: use another folder, or delete this one")
-
-
-def check_is_image_folder(folder: Path) -> None:
-    """Raises ValueError for a folder that `sample_folder` did not fill."""
-    if not (folder / "sampling.json").is_file():
-        raise ValueError(f"{folder} has no sampling.json: expected a folder of images as notebook 04 samples them")
-
-
-def check_same_prompts(folder: Path, prompts: Sequence[Prompt], complete: Mapping[str, ManifestEntry]) -> None:
-    """Raises ValueError where an image of the folder was sampled from another text than its prompt's."""
-    for prompt in prompts:
-        entry = complete.get(prompt.id)
-        if entry is not None and entry.text != prompt.text:
-            raise ValueError(f"{folder} has image {prompt.id} of {entry.text!r}, now it is {prompt.text!r}: other "
-                             "prompts under the same ids. Use another folder")  # fmt: skip
+def write_image(folder: Path, id: str, image: Image.Image, image_format: str) -> None:
+    """Writes an image of a folder under a temporary name, and renames it."""
+    suffix, options = ENCODINGS[image_format]
+    path = folder / "images" / f"{id}{suffix}"
+    part = path.with_name(path.name + ".part")
+    image.save(part, **options)
+    os.replace(part, path)
 
 
 def image_path(folder: Path, id: str) -> Path:
@@ -163,18 +109,34 @@ def image_path(folder: Path, id: str) -> Path:
     return png if png.exists() else jpeg
 
 
-def complete_images(folder: Path) -> dict[str, ManifestEntry]:
-    """The images whose file has the hash that the manifest records, by id."""
+def check_is_image_folder(folder: Path) -> None:
+    """Raises ValueError for a folder that `sample_folder` did not fill."""
+    if not (folder / "sampling.json").is_file():
+        raise ValueError(f"{folder} has no sampling.json: expected a folder of images as notebook 04 samples them")
+
+
+def complete_images(folder: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """The images of these prompts that exist and can be read to their end: id -> a hash of the file.
+
+    Raises:
+        ValueError: `sample_folder` did not fill this folder, or filled it with images of other texts under these ids.
+    """
     check_is_image_folder(folder)
+    texts = json.loads((folder / "sampling.json").read_text(encoding="utf-8")).get("texts", {})
 
-    def is_complete(entry: ManifestEntry) -> bool:
+    def checked(prompt: Prompt) -> str | None:
         try:
-            return hashlib.sha256(image_path(folder, entry.id).read_bytes()).hexdigest() == entry.sha256
-        except OSError:
-            return False
+            content = image_path(folder, prompt.id).read_bytes()
+            Image.open(io.BytesIO(content)).load()
+        except Exception:  # Pillow raises many kinds for a broken file
+            return None
+        if texts.get(prompt.id) != prompt.text:
+            raise ValueError(f"{folder} has image {prompt.id} of {texts.get(prompt.id)!r}, now it is {prompt.text!r}: "
+                             "other prompts under the same ids. Use another folder")  # fmt: skip
+        return hashlib.sha256(content).hexdigest()
 
-    entries = read_manifest(folder)
-    return {entry.id: entry for entry, whole in zip(entries, in_threads(is_complete, entries), strict=True) if whole}
+    hashes = zip(prompts, in_threads(checked, prompts), strict=True)
+    return {prompt.id: sha256 for prompt, sha256 in hashes if sha256}
 
 
 def delete_images(folder: Path, prompts: Sequence[Prompt]) -> None:
@@ -183,16 +145,16 @@ def delete_images(folder: Path, prompts: Sequence[Prompt]) -> None:
     Raises:
         ValueError: processes are filling the folder.
     """
-    if not (folder / "sampling.json").is_file():
-        return
     if running(folder):
         raise ValueError(f"processes are filling {folder}: wait for them, or stop them by bksdm_utils.processes.stop")
     with folder_lock(folder, wait=True):
-        ids = {prompt.id for prompt in prompts}
-        kept = [entry for entry in read_manifest(folder) if entry.id not in ids]
-        for path in (*(image_path(folder, id) for id in ids), *folder.glob("manifest-*.jsonl")):
-            path.unlink(missing_ok=True)
-        _append(folder, kept)
+        for prompt in prompts:
+            image_path(folder, prompt.id).unlink(missing_ok=True)
+
+
+def _settings(model: str, sampling: FolderSampling) -> dict:
+    """What the images of a folder share; the batch size changes none of them."""
+    return {"model": model} | {name: value for name, value in sampling.values().items() if name != "batch_size"}
 
 
 def folder_of(images_dir: str | Path | None, name: str, model: str, sampling: FolderSampling) -> Path:
@@ -204,3 +166,47 @@ def folder_of(images_dir: str | Path | None, name: str, model: str, sampling: Fo
     """
     key = hashlib.sha256(json.dumps(_settings(model, sampling), sort_keys=True).encode()).hexdigest()[:12]
     return Path(images_dir or ROOT / "outputs" / "cache" / "images") / f"{name}-{key}"
+
+
+def read_job_prompts(config: SampleFolder) -> list[Prompt]:
+    """The prompts of a folder: of a CSV file, or the storybook's test captions."""
+    if config.prompts is None:
+        return storybook_prompts(config.num_images or 100)
+    return read_prompts(config.prompts, config.num_images)
+
+
+def sample(config: SampleFolder, folder: Path) -> None:
+    """Fills a folder in this process, or as one of the processes of a launcher; prints at most a dozen lines.
+
+    On a GPU in half precision; another U-Net and a LoRA where they are named.
+    """
+    pipeline = load_pipeline(config.teacher, config.device, sampling_dtype(config.device))
+    if config.unet is not None:
+        pipeline = with_unet(pipeline, load_unet(config.unet, pipeline))
+    if config.lora is not None:
+        pipeline = load_lora(pipeline, config.lora)
+    printed = -1
+    for progress in sample_folder(pipeline, read_job_prompts(config), folder, config.part(FolderSampling)):
+        tenths = 10 * progress.done // progress.total
+        if is_main_process() and tenths != printed:
+            print(f"{progress.done:,} of {progress.total:,} images", flush=True)
+            printed = tenths
+
+
+def sample_in_processes(
+    config: SampleFolder, prompts: Sequence[Prompt], folder: Path, num_processes: int
+) -> Iterator[Progress]:
+    """As `sample`, in processes that outlive this one; yields once a second.
+
+    Raises:
+        ValueError: processes with other settings are filling the folder.
+        RuntimeError: they ended early; the message has the reason they gave.
+    """
+    if not running(folder):
+        with folder_lock(folder, wait=True):  # another kernel's run may be filling it
+            pass
+    launch(folder, num_processes, "sample", config.model_dump(mode="json"))
+    ids = {prompt.id for prompt in prompts}
+    for _ in follow(folder):
+        names = os.listdir(folder / "images") if (folder / "images").is_dir() else ()
+        yield Progress(len({os.path.splitext(name)[0] for name in names} & ids), len(ids))

@@ -70,10 +70,6 @@ class Statistics:
             raise ValueError(f"{path} is of {wrong}: expected statistics of {network.name}; or name real images")
         return cls(mean, covariance)
 
-    def save(self, path: Path, network: Network) -> None:
-        """As pytorch-fid writes it, with the key of the network."""
-        np.savez(path, mu=self.mean, sigma=self.covariance, network=network.key)
-
     @cached_property
     def root(self) -> np.ndarray:
         """The covariance's symmetric square root."""
@@ -91,36 +87,33 @@ def fid(features, real) -> float:
     Args:
         features, real: `Statistics`, or rows (N, D), on any device.
     """
-    ours, real = (s if isinstance(s, Statistics) else Statistics.of(_on_cpu(s)) for s in (features, real))
+    ours, real = (s if isinstance(s, Statistics) else Statistics.of(torch.as_tensor(s).cpu().numpy())
+                  for s in (features, real))  # fmt: skip
     difference = ours.mean - real.mean
     roots = np.sqrt(np.linalg.eigvalsh(real.root @ ours.covariance @ real.root).clip(0)).sum()
     return float(difference @ difference + np.trace(ours.covariance) + np.trace(real.covariance) - 2 * roots)
 
 
-def _on_cpu(rows) -> np.ndarray:
-    return rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
-
-
-def kid(features: np.ndarray, real: np.ndarray, subsets: int = 100) -> Score:
+def kid(features: np.ndarray, real: np.ndarray) -> Score:
     """Kernel distance (arXiv 1801.01401) of rows (N, D), (M, D) by torch-fidelity: unbiased, usable for few images."""
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(1000, len(features) // 2, len(real) // 2)
     rows = (torch.from_numpy(np.array(x, np.float32)) for x in (features, real))
-    result = kid_features_to_metric(*rows, kid_subsets=subsets, kid_subset_size=size, rng_seed=2020, verbose=False)
+    result = kid_features_to_metric(*rows, kid_subsets=100, kid_subset_size=size, rng_seed=2020, verbose=False)
     spread = result["kernel_inception_distance_std"] * (size / (len(features) - size)) ** 0.5  # as half_sample_error
     return Score(result["kernel_inception_distance_mean"], spread)
 
 
-def inception_score(logits: np.ndarray, splits: int = 10) -> Score:
-    """exp E KL(p(y|x) ‖ p(y)) of logits (N, classes) by torch-fidelity: mean and spread over splits.
+def inception_score(logits: np.ndarray) -> Score:
+    """exp E KL(p(y|x) ‖ p(y)) of logits (N, classes) by torch-fidelity: mean and spread over ten splits.
 
     Fewer than ten images a split bias it downwards.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = torch.from_numpy(np.array(logits, np.float32))
-    result = isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=2020)
+    result = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)
     return Score(result["inception_score_mean"], result["inception_score_std"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +46,9 @@ class Network:
     forward: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
-    def __call__(self, items: Sequence[object], batch_size: int = 128) -> torch.Tensor:
+    def __call__(self, items: Sequence[object]) -> torch.Tensor:
         """Rows of images or texts, (N, dim)."""
-        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        batches = [items[start : start + 128] for start in range(0, len(items), 128)]
         return torch.cat([self.forward(torch.stack([self.prepare(item) for item in batch])) for batch in batches])
 
 
@@ -59,8 +58,7 @@ class MetricClip:
     Args:
         path: a transformers CLIPModel folder, or the hub id of one that has been downloaded.
 
-    Raises:
-        NotAvailable, ValueError: as `models.loading.load`.
+    Raises as `models.loading.load`.
     """
 
     def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
@@ -121,32 +119,31 @@ class MetricClip:
         return F.normalize(embeddings.view(len(classes), -1, self.model.config.projection_dim).mean(1), dim=-1)
 
     @torch.no_grad()
-    def storybook_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Rows of `image_network` to logits over `storybook_classes`, (N, 80), for the Inception score."""
-        return self.model.logit_scale.exp() * self.embed(features) @ self.storybook_classes.T
+    def storybook_logits(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embedded images, (N, D), to logits over `storybook_classes`, (N, 80), for the Inception score."""
+        return self.model.logit_scale.exp() * embeddings @ self.storybook_classes.T
 
 
 def inception_pytorch(device: str = "cpu") -> Network:
     """pytorch-fid's Inception, 2,048 features, bilinear resizing: the paper's FID (clean-fid's legacy_pytorch).
 
-    Raises:
-        NotAvailable: its weights are not on this machine.
+    Raises as `find_weights`.
     """
     from cleanfid.inception_pytorch import InceptionV3
 
     weights = find_weights("inception_pytorch_fid")
-    with _hub_dir(weights.parent.parent):  # where the network's own code looks for them
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(weights.parent.parent))  # where the network's own code looks for them
+    try:
         model = InceptionV3(output_blocks=[3], resize_input=False)
+    finally:
+        torch.hub.set_dir(before)
     return _inception("inception_pytorch", model, "legacy_pytorch", device,
                       lambda pixels: model(pixels.to(device) / 255)[0].flatten(1))  # fmt: skip
 
 
 def inception_clean(device: str = "cpu") -> Network:
-    """clean-fid's Inception, 2,048 features, antialiased bicubic resizing (arXiv 2104.11222).
-
-    Raises:
-        NotAvailable: its weights are not on this machine.
-    """
+    """clean-fid's Inception, 2,048 features, antialiased bicubic (arXiv 2104.11222); raises as `find_weights`."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     model = InceptionV3W(str(find_weights("inception_clean_fid").parent), download=False)
@@ -165,11 +162,7 @@ def _inception(name: str, model: torch.nn.Module, resizing: str, device: str, fo
 
 
 def inception_classes(device: str = "cpu") -> Network:
-    """torch-fidelity's Inception, 1,008 unbiased logits: the paper's Inception score.
-
-    Raises:
-        NotAvailable: its weights are not on this machine.
-    """
+    """torch-fidelity's Inception, 1,008 unbiased logits: the paper's Inception score; raises as `find_weights`."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     weights = find_weights("inception_torch_fidelity")
@@ -183,8 +176,7 @@ def inception_classes(device: str = "cpu") -> Network:
 def dino(device: str = "cpu", path: str = "facebook/dino-vits16") -> Network:
     """DINO's ViT-S/16 (arXiv 2104.14294): the class token, 384 features; how alike two images of one subject are.
 
-    Raises:
-        NotAvailable, ValueError: as `models.loading.load`.
+    Raises as `models.loading.load`.
     """
     from torchvision import transforms
     from transformers import ViTModel
@@ -201,25 +193,10 @@ def dino(device: str = "cpu", path: str = "facebook/dino-vits16") -> Network:
 
 
 def find_weights(name: str) -> Path:
-    """The file of a network's weights, one of `DOWNLOADS`.
-
-    Raises:
-        NotAvailable: it is missing; the message says where it was looked for and how to download it.
-    """
+    """The file of a network's weights, one of `DOWNLOADS`; raises NotAvailable where it is missing."""
     path = ROOT / DOWNLOADS[name].path
     hub = Path(torch.hub.get_dir()) / "checkpoints" / path.name
-    for candidate in (path, hub):
-        if candidate.is_file():
-            return candidate
-    raise NotAvailable(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
-                       f"python -m bksdm_utils download {name}")  # fmt: skip
-
-
-@contextmanager
-def _hub_dir(folder: Path):
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(folder))
-    try:
-        yield
-    finally:
-        torch.hub.set_dir(before)
+    if not (path.is_file() or hub.is_file()):
+        raise NotAvailable(f"{path.name} is missing: looked in {path.parent} and {hub.parent}. With a network: "
+                           f"python -m bksdm_utils download {name}")  # fmt: skip
+    return path if path.is_file() else hub

@@ -54,8 +54,13 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
         NotAvailable: COCO's captions, not downloaded yet.
         ValueError: no such file, no such columns, no prompts, or ids that cannot name files.
     """
-    path = Path(resolve(path))
-    rows, columns = _table(path)
+    path = find_data(path, "a CSV file with a column text. COCO's: python -m bksdm_utils download coco_captions")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
     text, name = (next((c for c in names if c in columns), None) for names in (TEXT_COLUMNS, ID_COLUMNS))
     if text is None:
         raise ValueError(f"{path} has the columns {', '.join(columns)}: expected one of {', '.join(TEXT_COLUMNS)}")
@@ -72,22 +77,13 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
     return prompts
 
 
-def not_available(path: Path) -> type[ValueError]:
-    """What to raise for a missing file: `NotAvailable` for one of `DOWNLOADS`; any other path was mistyped."""
-    return NotAvailable if ROOT / path in {ROOT / download.path for download in DOWNLOADS.values()} else ValueError
-
-
-def _table(path: Path) -> tuple[list[dict[str, str]], Sequence[str]]:
-    """The rows of a CSV file, and the names of its columns."""
-    if not path.is_file():
-        raise not_available(path)(f"{path} is missing: expected a CSV file with a column text. COCO's 30,000 captions: "
-                                  "python -m bksdm_utils download coco_captions")  # fmt: skip
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            return list(reader), reader.fieldnames or ()
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
+def find_data(path: str | Path, expected: str) -> Path:
+    """A file or folder; where it is missing raises NotAvailable for one of `DOWNLOADS`, ValueError for any other."""
+    path = Path(resolve(path))
+    if not path.exists():
+        known = ROOT / path in {ROOT / download.path for download in DOWNLOADS.values()}
+        raise (NotAvailable if known else ValueError)(f"{path} is missing: expected {expected}")
+    return path
 
 
 def check_prompts(prompts: Sequence[Prompt], source: str = "prompts") -> None:

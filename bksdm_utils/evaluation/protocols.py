@@ -61,10 +61,3 @@ PROTOCOLS = {
     "clean": Protocol("clean", as_stored, VIT_G, inception_clean, inception_classes, IMAGES),
     "storybook": Protocol("storybook", as_stored, "data/storybook/clip"),
 }
-
-
-def find_protocol(name: str) -> Protocol:
-    """A protocol by name; ValueError where it is unknown."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol is {name!r}: expected one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]

@@ -6,9 +6,8 @@ Each image has its own seed; on a CPU it is the same bit for bit whatever the ba
 from __future__ import annotations
 
 import hashlib
-import queue
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -50,20 +49,26 @@ def sample_batches(
     """
     check_steps(pipeline, sampling)
     pipeline = with_scheduler(pipeline, sampling.scheduler)
-    size, workers = _pass_size(pipeline, sampling)
-    copies = queue.SimpleQueue()
-    for _ in range(workers):
-        copies.put(for_one_thread(pipeline))
+    size, workers, threads = sampling.batch_size, 1, torch.get_num_threads()
+    if on_cpu := pipeline.device.type == "cpu":  # one large image or 8 small ones occupy a core
+        pixels = sampling.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        size, workers = 8 if pixels // pipeline.vae_scale_factor <= 32 else 1, threads
+    copies, own = [for_one_thread(pipeline) for _ in range(workers)], threading.local()
 
     def one_pass(start: int) -> list[Image.Image]:
-        own, chosen = copies.get(), slice(start, start + size)
-        try:
-            return _sample_pass(own, captions[chosen], seeds[chosen], sampling, size)
-        finally:
-            copies.put(own)
+        if not hasattr(own, "pipeline"):
+            own.pipeline = copies.pop()
+        chosen = slice(start, start + size)
+        return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size)
 
-    with _sampling_mode(pipeline):
+    training = pipeline.unet.training
+    pipeline.unet.eval()
+    torch.set_num_threads(1 if on_cpu else threads)
+    try:
         yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
+    finally:
+        torch.set_num_threads(threads)
+        pipeline.unet.train(training)
 
 
 def check_steps(pipeline: Pipeline, sampling: FolderSampling) -> None:
@@ -71,28 +76,6 @@ def check_steps(pipeline: Pipeline, sampling: FolderSampling) -> None:
     scheduler = with_scheduler(pipeline, sampling.scheduler).scheduler
     if isinstance(scheduler, PNDMScheduler) and sampling.num_inference_steps < 4:
         raise ValueError(f"num_inference_steps is {sampling.num_inference_steps}: expected 4 or more, as PNDM needs")
-
-
-def _pass_size(pipeline: Pipeline, sampling: FolderSampling) -> tuple[int, int]:
-    """Images in a pass, and how many passes are computed at once."""
-    if pipeline.device.type != "cpu":
-        return sampling.batch_size, 1
-    side = (sampling.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
-    return (8 if side <= 32 else 1), torch.get_num_threads()  # one large image or 8 small ones occupy a core
-
-
-@contextmanager
-def _sampling_mode(pipeline: Pipeline) -> Iterator[None]:
-    """Within the block the U-Net is in evaluation mode, and on a CPU each operation has one thread."""
-    threads, training = torch.get_num_threads(), pipeline.unet.training
-    if pipeline.device.type == "cpu":
-        torch.set_num_threads(1)
-    pipeline.unet.eval()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        pipeline.unet.train(training)
 
 
 @torch.no_grad()

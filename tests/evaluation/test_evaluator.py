@@ -14,7 +14,7 @@ from bksdm_utils.config.presets import PRESETS
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
 from bksdm_utils.evaluation import evaluator as module
-from bksdm_utils.evaluation import folders, scores
+from bksdm_utils.evaluation import folders
 from bksdm_utils.evaluation.evaluator import Evaluator, by_short_name, distance_to
 from bksdm_utils.evaluation.folders import complete_images, image_path, sample_folder
 from bksdm_utils.evaluation.metrics import Score, Statistics, clip_score
@@ -41,11 +41,15 @@ def evaluator(cache):
         return Evaluator("storybook", cache_dir=cache)
 
 
+def save_statistics(path, statistics, network):
+    np.savez(path, mu=statistics.mean, sigma=statistics.covariance, network=network)
+
+
 def test_real_renders_have_the_scores_of_real_images(evaluator, tmp_path):
     images = renders(60)
     evaluation = evaluator.evaluate(tmp_path, fill_folder(tmp_path, images))
     assert evaluation.num_images == 60 and evaluation.skipped == [] and "biased" in evaluation.warning
-    assert list(evaluation.scores) == list(scores.SCORES)
+    assert list(evaluation.scores) == list(module.SCORES)
     accuracies = ("size", "colour", "object", "place", "relation")
     assert min(evaluation.scores[name].value for name in accuracies) > 0.95
     assert evaluation.scores["fid"].value < 12
@@ -58,8 +62,8 @@ def test_real_renders_have_the_scores_of_real_images(evaluator, tmp_path):
 
 
 def test_a_new_score_is_one_line_of_the_registry(evaluator, tmp_path, monkeypatch):
-    monkeypatch.setitem(scores.SCORES, "width", lambda images: Score(images.open(0).width, 0.0))
-    monkeypatch.setitem(scores.SCORES, "not for these", lambda images: None)
+    monkeypatch.setitem(module.SCORES, "width", lambda images: Score(images.open(0).width, 0.0))
+    monkeypatch.setitem(module.SCORES, "not for these", lambda images: None)
     evaluation = evaluator.evaluate(tmp_path, fill_folder(tmp_path, renders(20)))
     assert evaluation.scores["width"] == (64, 0) and "not for these" not in evaluation.scores
 
@@ -71,6 +75,7 @@ def test_scores_are_read_again_for_the_same_images_only(evaluator, tmp_path, mon
     network = evaluator.clip.image_network
     counting = replace(network, forward=lambda pixels: computed.append(len(pixels)) or network.forward(pixels))
     monkeypatch.setitem(evaluator.clip.__dict__, "image_network", counting)
+    monkeypatch.setattr(evaluator, "features", counting)
     assert evaluator.evaluate(tmp_path, prompts[:40]) == first and not computed
     more = evaluator.evaluate(tmp_path, prompts)
     assert more.num_images == 41 and sum(computed) == 1  # one more image, one more row
@@ -88,7 +93,7 @@ def test_scores_do_not_depend_on_the_order_of_the_prompts(evaluator, tmp_path):
 
 
 def test_undefined_scores_are_read_back(evaluator, tmp_path, monkeypatch):
-    monkeypatch.setitem(scores.SCORES, "undefined", lambda images: Score(float("nan"), float("nan")))
+    monkeypatch.setitem(module.SCORES, "undefined", lambda images: Score(float("nan"), float("nan")))
     prompts = fill_folder(tmp_path, renders(20))
     for _ in range(2):
         assert np.isnan(evaluator.evaluate(tmp_path, prompts).scores["undefined"]).all()
@@ -97,7 +102,7 @@ def test_undefined_scores_are_read_back(evaluator, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_scores_against_statistics_and_images_have_two_keys(evaluator, tmp_path):
     prompts = fill_folder(tmp_path / "images", renders(20))
-    evaluator.real.save(tmp_path / "real.npz", evaluator.features)
+    save_statistics(tmp_path / "real.npz", evaluator.real, evaluator.features.key)
     statistics_only = Evaluator("storybook", tmp_path / "real.npz", cache_dir=tmp_path)
     ours, theirs = (e.evaluate(tmp_path / "images", prompts) for e in (evaluator, statistics_only))
     assert ours.key != theirs.key and "kid" in ours.scores and "kid" not in theirs.scores
@@ -181,7 +186,7 @@ def test_statistics_of_another_network_are_an_error(evaluator, tmp_path, name, f
     clip = evaluator.clip.image_network
     np.savez(tmp_path / "small.npz", mu=np.zeros(8), sigma=np.eye(8))
     np.savez(tmp_path / "nameless.npz", mu=np.zeros(clip.dim), sigma=np.eye(clip.dim))
-    Statistics(np.zeros(clip.dim), np.eye(clip.dim)).save(tmp_path / "other.npz", replace(clip, key="other"))
+    save_statistics(tmp_path / "other.npz", Statistics(np.zeros(clip.dim), np.eye(clip.dim)), "other")
     (tmp_path / "damaged.npz").write_bytes(b"PK nonsense")
     with pytest.raises(ValueError, match=fault):
         Statistics.load(tmp_path / f"{name}.npz", clip)
@@ -273,7 +278,7 @@ def seconds_of_folder(folder, count, pipeline):
     prompts = fill_folder(folder, images, settings=folders._settings("m", sampling))
     evaluator = Evaluator("tiny", folder.parent / "real.npz")
     work = {
-        "complete": lambda: complete_images(folder),
+        "complete": lambda: complete_images(folder, prompts),
         "resume": lambda: list(sample_folder(pipeline, prompts, folder, sampling, "m")),
         "evaluate": lambda: evaluator.evaluate(folder, prompts),
         "evaluate again": lambda: evaluator.evaluate(folder, prompts),
@@ -291,7 +296,7 @@ def test_the_time_of_a_folder_is_proportional_to_its_images(tmp_path, pipeline_d
     classes = Network("classes", "0", 8, lambda x: torch.from_numpy(np.array(x)).float().flatten()[-8:], lambda x: x)
     monkeypatch.setitem(PROTOCOLS, "tiny", Protocol("tiny", as_stored, "tiny", classes=lambda _: classes))
     monkeypatch.setattr(module, "MetricClip", TinyClip)
-    Statistics(np.zeros(8), np.eye(8)).save(tmp_path / "real.npz", TinyClip().image_network)
+    save_statistics(tmp_path / "real.npz", Statistics(np.zeros(8), np.eye(8)), "0")
     pipeline = load_pipeline(pipeline_dir)
     seconds_of_folder(tmp_path / "first", 100, pipeline)  # imports and the like
     few, many = (seconds_of_folder(tmp_path / str(count), count, pipeline) for count in (1000, 15_000))

@@ -11,17 +11,17 @@ from helpers import kill_at, stop_at
 
 from bksdm_utils.config.evaluation import FolderSampling, SampleFolder
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.evaluation import folders, job
+from bksdm_utils.evaluation import folders
 from bksdm_utils.evaluation.folders import (
     complete_images,
     delete_images,
     folder_of,
     image_path,
-    read_manifest,
+    sample,
     sample_folder,
+    sample_in_processes,
 )
 from bksdm_utils.evaluation.prompts import Prompt, storybook_prompts
-from bksdm_utils.evaluation.sampling import image_seed
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 
 FAST = FolderSampling(num_inference_steps=4, guidance_scale=2.0)
@@ -57,28 +57,26 @@ def test_an_interrupted_folder_is_completed_with_the_same_images(pipeline, unbro
         raise Stopped
 
     with monkeypatch.context() as patch:
-        replace, append = stop_at(step, stop)
-        patch.setattr(os, "replace", replace)
-        patch.setattr(folders, "_append", append)
+        patch.setattr(os, "replace", stop_at(step, stop))
         with pytest.raises(Stopped):
             run(pipeline, storybook_prompts(12), tmp_path)
-    assert len(complete_images(tmp_path)) < 12
+    assert len(bits(tmp_path)) < 12
     run(pipeline, storybook_prompts(12), tmp_path)
-    assert len(complete_images(tmp_path)) == 12 and bits(tmp_path).items() <= unbroken.items()
+    assert len(complete_images(tmp_path, storybook_prompts(12))) == 12 and bits(tmp_path).items() <= unbroken.items()
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_image(pipeline_dir, unbroken, tmp_path):
     config = SampleFolder(teacher=str(pipeline_dir), num_images=96, device="cpu", **FAST.values())
     context, rng = multiprocessing.get_context("forkserver"), random.Random(1)
-    context.set_forkserver_preload(["bksdm_utils.evaluation.job"])
+    context.set_forkserver_preload(["bksdm_utils.evaluation.folders"])
     for _ in range(20):
         process = context.Process(target=kill_at, args=(rng.randrange(24), config, tmp_path))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert 0 < len(complete_images(tmp_path)) < 96
-    job.sample(config, tmp_path)
+    assert 0 < len(complete_images(tmp_path, storybook_prompts(96))) < 96
+    sample(config, tmp_path)
     assert bits(tmp_path) == unbroken
 
 
@@ -90,13 +88,11 @@ def test_two_processes_share_what_is_missing(pipeline, pipeline_dir, unbroken, t
     missing = prompts[::2]  # all of one process's share, if all prompts were shared
     for prompt in missing:
         image_path(tmp_path, prompt.id).unlink()
-    (tmp_path / "manifest-0.jsonl").rename(tmp_path / "manifest-9.jsonl")
-    steps = list(job.sample_in_processes(config, prompts, tmp_path, 2))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    steps = list(sample_in_processes(config, prompts, tmp_path, 2))
     assert steps and all(24 <= step.done <= 48 == step.total for step in steps)
     assert len(bits(tmp_path)) == 48 and bits(tmp_path).items() <= unbroken.items()
-    for rank in range(2):
-        ids = [json.loads(line)["id"] for line in (tmp_path / f"manifest-{rank}.jsonl").read_text().split("\n") if line]
-        assert ids == [prompt.id for prompt in missing[rank::2]]
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
 
 
 def test_a_run_waits_for_another_that_fills_the_folder(pipeline, tmp_path, capsys):
@@ -108,14 +104,15 @@ def test_a_run_waits_for_another_that_fills_the_folder(pipeline, tmp_path, capsy
     assert capsys.readouterr().out.count(f"another run writes to {tmp_path}: waiting for it") == 1
 
 
-def test_the_manifest_records_every_image(pipeline, tmp_path):
+def test_settings_and_texts_are_recorded(pipeline, tmp_path):
     prompts = storybook_prompts(5)
     steps = run(pipeline, prompts, tmp_path)
     assert [p.done for p in steps] == [0, 5] and steps[-1].total == 5
     assert [prompt for prompt, _ in steps[-1].newest] == prompts
-    entries = read_manifest(tmp_path)
-    assert [(e.id, e.text, e.seed) for e in entries] == [(p.id, p.text, image_seed(0, p.id)) for p in prompts]
     settings = json.loads((tmp_path / "sampling.json").read_text())
+    assert settings["texts"] == {prompt.id: prompt.text for prompt in prompts} and settings["seed"] == 0
+    run(pipeline, [Prompt("another", "a cat")], tmp_path)
+    assert len(json.loads((tmp_path / "sampling.json").read_text())["texts"]) == 6
     assert settings["num_inference_steps"] == 4 and len(settings["model"]) == 16 and "batch_size" not in settings
 
 
@@ -123,8 +120,7 @@ def test_captions_with_any_line_break_are_recorded(pipeline, tmp_path):
     texts = ["a cat\u2028in the snow", "a cat\x85dog", "two\nlines\r\n", "plain"]
     prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
     run(pipeline, prompts, tmp_path)
-    assert [entry.text for entry in complete_images(tmp_path).values()] == texts
-    assert len(run(pipeline, prompts, tmp_path)) == 1
+    assert len(complete_images(tmp_path, prompts)) == 4 and len(run(pipeline, prompts, tmp_path)) == 1
 
 
 def test_an_error_claims_no_folder(pipeline, tmp_path):
@@ -134,7 +130,7 @@ def test_an_error_claims_no_folder(pipeline, tmp_path):
 
 
 def test_a_folder_without_images_may_be_claimed_again(pipeline, tmp_path):
-    folders._claim(tmp_path, {"model": "one", "image_format": "png"}, main=True)
+    next(sample_folder(pipeline, storybook_prompts(1), tmp_path, FAST.but(seed=1)))
     assert run(pipeline, storybook_prompts(1), tmp_path)[-1].done == 1
 
 
@@ -173,13 +169,13 @@ def test_images_of_unknown_origin_are_left_as_they_are(pipeline, tmp_path):
 
 def test_only_the_images_asked_for_are_deleted(pipeline, tmp_path, monkeypatch):
     prompts = storybook_prompts(4)
-    delete_images(tmp_path / "nothing", prompts)
     run(pipeline, prompts, tmp_path)
     delete_images(tmp_path, prompts[:2])
     kept = {prompt.id for prompt in prompts[2:]}
-    assert set(complete_images(tmp_path)) == {entry.id for entry in read_manifest(tmp_path)} == kept
+    assert set(complete_images(tmp_path, prompts)) == kept
     run(pipeline, [Prompt("test-0", "another text"), *prompts[1:]], tmp_path)
-    assert complete_images(tmp_path)["test-0"].text == "another text"
+    with pytest.raises(ValueError, match="of 'another text', now it is"):
+        complete_images(tmp_path, prompts)
     monkeypatch.setattr(folders, "running", lambda folder: True)
     with pytest.raises(ValueError, match="wait for them, or stop them"):
         delete_images(tmp_path, prompts)
@@ -187,7 +183,7 @@ def test_only_the_images_asked_for_are_deleted(pipeline, tmp_path, monkeypatch):
 
 def test_a_folder_that_was_not_sampled_is_named(tmp_path):
     with pytest.raises(ValueError, match="tpyo has no sampling.json"):
-        complete_images(tmp_path / "tpyo")
+        complete_images(tmp_path / "tpyo", [])
 
 
 def test_models_and_settings_have_their_own_folder(tmp_path):

@@ -1,11 +1,12 @@
 import pytest
 from PIL import Image
 
+from bksdm_utils import processes
 from bksdm_utils.config.evaluation import FolderSampling, SampleFolder
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.evaluation.folders import sample_folder
-from bksdm_utils.evaluation.job import read_job_prompts, sample, sample_in_processes
+from bksdm_utils.evaluation.folders import read_job_prompts, sample, sample_folder, sample_in_processes
 from bksdm_utils.evaluation.prompts import storybook_prompts
+from bksdm_utils.files import write_json
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
 
 
@@ -62,10 +63,8 @@ def test_the_size_is_in_pixels(config, tmp_path):
 
 
 def test_processes_with_other_settings_are_not_disturbed(config, tmp_path, monkeypatch):
-    def other_settings(folder, content):
-        raise ValueError("processes with other settings")
-
-    monkeypatch.setattr("bksdm_utils.evaluation.job.check_same", other_settings)
+    write_json(tmp_path / processes.NOTE, {"config": config.but(seed=1).model_dump(mode="json")})
+    monkeypatch.setattr(processes, "_launcher", lambda folder: folder)
     with pytest.raises(ValueError, match="other settings"):
         next(sample_in_processes(config, storybook_prompts(2), tmp_path, 2))
     assert not (tmp_path / "config.json").exists()

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from bksdm_utils.data.downloads import DOWNLOADS
 from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import sample_scene
-from bksdm_utils.evaluation.evaluator import Evaluator
+from bksdm_utils.evaluation.evaluator import Evaluator, ScoredImages
 from bksdm_utils.evaluation.metrics import fid
 from bksdm_utils.evaluation.networks import MetricClip, find_weights
 from bksdm_utils.files import ROOT
@@ -104,7 +104,7 @@ def test_the_papers_scores_equal_those_of_its_tools(downloaded, images, tmp_path
         own = tmp_path / image_format
         prompts = fill_folder(own, images, image_format)
         ours = evaluator.evaluate(own, prompts)
-        rows = evaluator._features(own, evaluator.features, *evaluator._complete(own, prompts)[:2])
+        rows = ScoredImages(evaluator, own, prompts).rows(evaluator.features)
         assert np.abs(rows - theirs).max() < 1e-4 * np.abs(theirs).max()
         assert theirs.std(0).mean() > 0.01 * theirs.mean()  # different images, different features
     moments = [{"mu": x.mean(0), "sigma": np.cov(x, rowvar=False)} for x in (theirs.astype(float), real)]
