@@ -1,0 +1,127 @@
+"""Distillation on a GPU: values as on the CPU, in every precision, and what a GPU alone can get wrong."""
+
+import numpy as np
+import pytest
+
+FP32 = 1e-5  # relative: AdamW is fused on a GPU, and sums in another order
+HALF = {"bf16": 1e-2, "fp16": 1e-3}  # of losses; 8 and 11 bits of mantissa
+
+
+@pytest.mark.parametrize("name", ["kd_fp32", "kd_fp32_checkpointing"])
+def test_a_step_in_full_precision_equals_the_cpus(both, name):
+    gpu, cpu = both(name)
+    assert gpu["loss"][0] == cpu["loss"][0]  # bit for bit: before the first optimizer step nothing differs
+    for column in ("loss", "gradient_norm", "student", "ema"):
+        assert gpu[column] == pytest.approx(cpu[column], rel=FP32)
+    assert gpu["types"] == ["torch.float32"] and not gpu["scaler"] and len(gpu["loss"]) == 2
+
+
+@pytest.mark.parametrize("name", ["kd_bf16", "kd_bf16_checkpointing", "kd_fp16"])
+def test_half_precision_follows_full_precision_with_full_weights(both, name):
+    gpu, cpu = both(name)
+    kind = name.split("_")[1]
+    half = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[kind]
+    assert gpu["types"] == sorted([half, "torch.float32"]) and gpu["scaler"] == (kind == "fp16")
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=HALF[kind]) and gpu["loss"] != cpu["loss"]
+    assert gpu["skipped"] == [0, 0] and gpu["student"] == pytest.approx(cpu["student"], rel=1e-3)
+
+
+def test_averaged_weights_on_the_cpu_are_those_on_the_gpu(both, on_gpu):
+    gpu, cpu = both("kd_ema_on_the_cpu")
+    beside = on_gpu("kd_fp32")
+    assert gpu["loss"] == beside["loss"] and gpu["student"] == beside["student"]
+    assert gpu["ema"] == pytest.approx(beside["ema"], rel=1e-4)  # moved at intervals: nearly the single moves
+    assert gpu["ema"] == pytest.approx(cpu["ema"], rel=1e-4)
+
+
+def test_a_step_that_overflows_is_skipped_and_counted_and_the_run_continues(both):
+    gpu, cpu = both("kd_overflow")
+    assert gpu["skipped"] == cpu["skipped"] == [0, 1, 0]
+    assert gpu["sizes"][0] == gpu["sizes"][1] != gpu["sizes"][2]
+    assert gpu["scale"] == 65536 / 2 and cpu["scale"] == 1
+    assert gpu["loss"][::2] == pytest.approx(cpu["loss"][::2], rel=HALF["fp16"])
+
+
+def test_a_resumed_run_equals_an_unbroken_one_also_in_its_scale(both):
+    gpu, cpu = both("kd_resumed")
+    assert gpu["at"] == 1 and gpu["resumed"] == gpu["whole"] and gpu["sizes"][0] == gpu["sizes"][1]
+    assert gpu["whole"] == pytest.approx(cpu["whole"], rel=HALF["fp16"])
+
+
+def test_the_command_trains_in_one_process(both):
+    """Fault 2: `torch.cuda.set_device` of a device without an index."""
+    gpu, cpu = both("train_command")
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=FP32) and gpu["score"] == pytest.approx(cpu["score"], rel=FP32)
+    assert gpu["saved"] == cpu["saved"] and "unet_ema" in gpu["saved"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16"), [("9.0", "bf16"), ("8.0", "bf16"), ("7.5", "fp16")], ids=["9.0", "8.0", "7.5"]
+)
+def test_bf16_is_taken_where_the_gpu_has_it(on_gpu, capability, bf16):
+    """Fault 4: a T4 only emulates bf16, though torch says that it is supported."""
+    assert on_gpu(f"precision_{capability}") == {"no": "no", "bf16": bf16, "fp16": "fp16"}
+
+
+def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu):
+    assert "out of GPU memory while" in (error := on_gpu("kd_beyond_the_memory", error=True)), error
+    assert "were needed" in error and "batch_size" in error and "gradient_checkpointing" in error
+
+
+def test_peak_memory_is_the_networks_own(both):
+    """Fault 5: other networks on the GPU were counted too."""
+    gpu, cpu = both("peak_memory")
+    assert gpu["beside"] == pytest.approx(gpu["alone"], rel=0.1) and gpu["alone"] < gpu["other"]
+    assert gpu["alone"] == pytest.approx(cpu["alone"], rel=0.5)  # the same weights, other workspaces
+
+
+def test_latents_are_the_same_whatever_the_precision_of_training(both):
+    """Fault 6: the cache was keyed and encoded after the cast. Fault 8: the VAE encoded one image at a time."""
+    gpu, cpu = both("latents")
+    assert gpu["no"] == gpu["bf16"] == gpu["fp16"]
+    assert gpu["no"]["key"] == cpu["no"]["key"]
+    for moment in ("mean", "std"):
+        assert np.allclose(gpu["no"][moment], cpu["no"][moment], rtol=2e-3, atol=1e-4)  # kept in fp16
+    assert gpu["encoded"] == cpu["encoded"] == [8]
+
+
+def test_a_second_precision_in_one_process_works_or_says_what_to_do(on_gpu, on_cpu):
+    """Fault 10: `AcceleratorState has already been initialized`."""
+    losses, expected = on_gpu("two_precisions"), on_cpu("two_precisions")
+    for name, tolerance in {"no": FP32, **HALF}.items():
+        assert losses[name] == pytest.approx(expected["no"], rel=tolerance)
+
+
+def test_averaged_weights_are_swapped_in_only_to_be_scored(both):
+    """Fault 11: `validate` swapped them in and out without a metric network."""
+    gpu, cpu = both("validation_of_nothing")
+    assert gpu == cpu == {"nothing": 0, "storybook": 1}
+
+
+@pytest.mark.slow
+def test_a_t4_trains_in_fp16(both):
+    gpu, cpu = both("kd_bf16_on_a_t4")
+    assert gpu["types"] == ["torch.float16", "torch.float32"] and gpu["scaler"]
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=HALF["fp16"])
+
+
+@pytest.mark.slow
+def test_a_process_may_use_the_second_gpu(both):
+    gpu, cpu = both("second_gpu")
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=FP32) and gpu["second used"] and not gpu["first used"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_dreambooth_equals_the_cpus(both, method):
+    gpu, cpu = both(f"dreambooth_{method}")
+    assert gpu["loss"][0] == cpu["loss"][0] and gpu["loss"] == pytest.approx(cpu["loss"], rel=FP32)
+    assert np.abs(np.subtract(gpu["image"], cpu["image"])).max() <= 1 and gpu["bytes"] == cpu["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "precision"), [("full", "fp16"), ("lora", "bf16")])
+def test_dreambooth_in_half_precision_follows_the_cpus(both, method, precision):
+    gpu, cpu = both(f"dreambooth_{method}_{precision}")
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=2 * HALF[precision]) and gpu["loss"] != cpu["loss"]
+    assert gpu["bytes"] == cpu["bytes"]  # saved in full precision
