@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ import bksdm_utils  # noqa: F401  before torch, whose threads it tells how to wa
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from gpu import emulation
 from PIL import Image
 
@@ -62,7 +65,7 @@ def case(name: str, *args, gpus: int = 1, capability: str = "9.0", memory_gb: fl
 # --- what cases share
 
 
-def images(folder: Path, count: int = 8) -> str:
+def images(folder: Path, count: int) -> str:
     """A folder of small images of noise with captions."""
     folder = folder / "images"
     folder.mkdir(exist_ok=True)
@@ -78,9 +81,10 @@ def kd_config(place: Place, **parameters) -> KDTraining:
     """Notebook 03's parameters for the narrow teacher: two steps of one micro-batch of two images."""
     chosen = {
         "preset": "sd-v1.4", "variant": "bk_small", "teacher": str(place.teacher), "device": place.device,
-        "train_data_dir": images(place.folder), "cache_dir": str(place.folder / "cache"), "resolution": 64,
+        "train_data_dir": images(place.folder, 4), "cache_dir": str(place.folder / "cache"), "resolution": 64,
         "batch_size": 2, "gradient_accumulation_steps": 1, "max_train_steps": 2, "validation_steps": 2,
-        "checkpoint_steps": 0, "learning_rate": 1e-3, "lr_warmup_steps": 0, "ema_decay": 0.9, **parameters,
+        "checkpoint_steps": 0, "learning_rate": 1e-3, "lr_warmup_steps": 0, "ema_decay": 0.9, "mixed_precision": "no",
+        **parameters,
     }  # fmt: skip
     return KDTraining.filled(**chosen)
 
@@ -115,6 +119,63 @@ def logged(job: KDJob, *names: str) -> dict[str, list[float]]:
 def pixels(sampled) -> list[list[int]]:
     """Images as flat lists of numbers."""
     return [np.asarray(image).ravel().tolist() for image in sampled]
+
+
+# --- the stub itself
+
+
+@case("device", gpus=2, capability="7.5", memory_gb=1)
+def device(place: Place):
+    """What torch finds, and its error when the memory ends."""
+    try:
+        torch.empty(2_000_000_000, dtype=torch.uint8, device=place.device)
+    except torch.OutOfMemoryError as error:
+        message = str(error)
+    other = torch.ones(2, device="cuda:1")
+    with pytest.raises(RuntimeError, match="same device"):
+        other + torch.ones(2, device="cuda:0")
+    return {"count": torch.cuda.device_count(), "capability": torch.cuda.get_device_capability(), "error": message}
+
+
+@case("arithmetic")
+def arithmetic(place: Place):
+    """Values of a convolution, an attention, their gradients, indexing and reductions, here and in another thread."""
+
+    def compute(scale: float) -> list:
+        rng = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(n, 4, 6, 6, generator=rng).to(place.device).requires_grad_() for n in (2, 4))
+        y = F.conv2d(scale * x, weight, padding=2, stride=2)
+        rows = y.flatten(2)
+        z = F.scaled_dot_product_attention(rows, rows, rows).half().softmax(-1)
+        (z.float().square().sum() + F.layer_norm(rows, rows.shape[-1:])[0, 0].sum()).backward()
+        masked = y[y > 0.1].detach()
+        return [t.float().cpu().tolist() for t in (y, z, x.grad, weight.grad, masked, y.nonzero(), y.argmax())]
+
+    with ThreadPoolExecutor(1) as pool:
+        return [compute(1.0), pool.submit(compute, 2.0).result()]
+
+
+@case("waits")
+def waits(place: Place):
+    """How many waits are counted in each of these."""
+    x, host, pinned = torch.ones(4, device=place.device), torch.ones(4), torch.ones(4).pin_memory()
+    doing = {
+        "arithmetic": lambda: x + x,
+        "item": lambda: x.sum().item(),
+        "mask": lambda: x[x > 0],
+        "to host": lambda: x.cpu(),
+        "from host": lambda: host.to("cuda"),
+        "from host, asked not to wait": lambda: host.to("cuda", non_blocking=True),
+        "from pinned": lambda: pinned.to("cuda", non_blocking=True),
+        "to pinned": lambda: pinned.copy_(x, non_blocking=True),
+        "synchronize": torch.cuda.synchronize,
+    }
+    counts = {}
+    for name, do in doing.items():
+        with emulation.syncs() as found:
+            do()
+        counts[name] = found.total()
+    return counts
 
 
 # --- a distillation step
@@ -335,13 +396,13 @@ def validation(place: Place):
 
 @case("latents")
 def latents(place: Place):
-    """Cached moments and the cache's key in every precision; how many images each call of the VAE encodes."""
+    """Cached moments and the cache's key in every precision; how many images each call of the encoder takes."""
     from bksdm_utils.training.latents import load_latents
 
     result = {}
     for name in ("no", "bf16", "fp16"):
         job = kd_job(place, name, mixed_precision=name, cache_dir=str(place.folder / f"cache-{name}"))
-        mean, std = job.data.moments(range(8), [0] * 8)
+        mean, std = job.data.moments(range(4), [0] * 4)
         result[name] = {"key": job.data.key, "mean": mean.tolist(), "std": std.tolist()}
         job.distillation.close()
     pipeline, sizes = load_pipeline(place.teacher, place.device), []
@@ -381,9 +442,31 @@ def kd_on_a_t4(place: Place):
     return kd(place, "bf16")
 
 
-@case("kd_beyond_the_memory", memory_gb=0.02)
-def kd_beyond_the_memory(place: Place):
-    return kd(place, "no", batch_size=8)
+def fill_memory(leave: int = 1_000_000) -> torch.Tensor:
+    """A tensor that takes what is free on the GPU."""
+    torch.cuda.empty_cache()
+    return torch.empty(torch.cuda.mem_get_info()[0] - leave, dtype=torch.uint8, device="cuda")
+
+
+@case("training_beyond_the_memory", memory_gb=0.5)
+def training_beyond_the_memory(place: Place):
+    job = kd_job(place)
+    ballast = fill_memory()
+    return logged(job), len(ballast)
+
+
+@case("sampling_beyond_the_memory", memory_gb=0.5)
+def sampling_beyond_the_memory(place: Place):
+    from bksdm_utils.evaluation.sampling import generate
+
+    pipeline = load_pipeline(place.teacher, place.device)
+    ballast = fill_memory()
+    return len(generate(pipeline, ["a cat"] * 8, num_inference_steps=4, batch_size=8)), len(ballast)
+
+
+@case("encoding_beyond_the_memory", memory_gb=0.02)
+def encoding_beyond_the_memory(place: Place):
+    return kd(place, "no")
 
 
 @case("peak_memory")
@@ -506,7 +589,7 @@ def lcm(place: Place, mixed_precision: str):
     from bksdm_utils.models.pipelines import with_unet
 
     config = DemoAndExport.filled(
-        preset="storybook", teacher=str(place.teacher), device=place.device, train_data_dir=images(place.folder),
+        preset="storybook", teacher=str(place.teacher), device=place.device, train_data_dir=images(place.folder, 4),
         cache_dir=str(place.folder / "cache"), resolution=64, batch_size=2, lcm_steps=3, few_steps="1,2",
         guidance_scale=2.0, num_inference_steps=4,
     )  # fmt: skip

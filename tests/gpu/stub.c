@@ -1,8 +1,8 @@
 /* A CUDA runtime for a machine without a GPU.
  *
  * Device memory is host memory mapped on demand; copies between host and device are real; kernels, copies within the
- * device and memset do nothing (tests/gpu/stub.py computes the values). Every other symbol that torch wants is generated
- * and returns 0. Environment: STUB_GPU_MEMORY (GB), STUB_GPU_CAPABILITY (such as 9.0), STUB_GPU_COUNT.
+ * device and memset do nothing (emulation.py computes the values). Every other symbol that torch wants is generated and
+ * returns 0. Environment: STUB_GPU_MEMORY (GB), STUB_GPU_CAPABILITY (such as 9.0), STUB_GPU_COUNT.
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>

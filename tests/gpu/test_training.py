@@ -63,16 +63,18 @@ def test_bf16_is_taken_where_the_gpu_has_it(on_gpu, capability, bf16):
     assert on_gpu(f"precision_{capability}") == {"no": "no", "bf16": bf16, "fp16": "fp16"}
 
 
-def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu):
-    assert "out of GPU memory while" in (error := on_gpu("kd_beyond_the_memory", error=True)), error
-    assert "were needed" in error and "batch_size" in error and "gradient_checkpointing" in error
+@pytest.mark.parametrize("doing", ["training", "sampling", "encoding"])
+def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu, doing):
+    error = on_gpu(f"{doing}_beyond_the_memory", error=True)
+    assert error.startswith("RuntimeError: out of GPU memory while") and "were needed" in error, error
+    assert "What helps: " in error
 
 
 def test_peak_memory_is_the_networks_own(both):
     """Fault 5: other networks on the GPU were counted too."""
     gpu, cpu = both("peak_memory")
     assert gpu["beside"] == pytest.approx(gpu["alone"], rel=0.1) and gpu["alone"] < gpu["other"]
-    assert gpu["alone"] == pytest.approx(cpu["alone"], rel=0.5)  # the same weights, other workspaces
+    assert cpu["alone"] < gpu["alone"] < cpu["alone"] + 40e6  # cuBLAS has a workspace of 32 MB
 
 
 def test_latents_are_the_same_whatever_the_precision_of_training(both):
@@ -82,7 +84,7 @@ def test_latents_are_the_same_whatever_the_precision_of_training(both):
     assert gpu["no"]["key"] == cpu["no"]["key"]
     for moment in ("mean", "std"):
         assert np.allclose(gpu["no"][moment], cpu["no"][moment], rtol=2e-3, atol=1e-4)  # kept in fp16
-    assert gpu["encoded"] == cpu["encoded"] == [8]
+    assert gpu["encoded"] == cpu["encoded"] == [4]
 
 
 def test_a_second_precision_in_one_process_works_or_says_what_to_do(on_gpu, on_cpu):
