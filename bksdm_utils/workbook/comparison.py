@@ -12,9 +12,8 @@ from ..config.evaluation import FolderSampling, SampleFolder
 from ..core.surgery import build_student
 from ..costs.counting import count
 from ..costs.measuring import interleaved_latency
+from ..evaluation import folders as image_folders
 from ..evaluation.evaluator import FEWEST, Evaluation, Evaluator, by_short_name, distance_to
-from ..evaluation.folders import delete_images, folder_of, image_path, sample_folder
-from ..evaluation.job import read_job_prompts, sample_in_processes
 from ..evaluation.metrics import Score
 from ..evaluation.prompts import Prompt
 from ..evaluation.sampling import image_seed
@@ -39,7 +38,7 @@ class Comparison:
 
     def __init__(self, run: Run):
         self.run, self.config, self.folders = run, run.config, {}
-        self.prompts: list[Prompt] = run.if_available(read_job_prompts, self.config.part(SampleFolder)) or []
+        self.prompts = run.if_available(image_folders.read_job_prompts, self.config.part(SampleFolder)) or []
         dtype = sampling_dtype(run.device)
         self.pipeline = find_pipeline(self.config.teacher, run.device, dtype) if self.prompts else None
         self.models = {"teacher": self.pipeline.unet} if self.pipeline else {}
@@ -68,11 +67,11 @@ class Comparison:
         for name, unet in self.models.items():
             model = with_unet(self.pipeline, unet)
             key, label = model_hash(model), self._label(name)
-            folder = self.folders[name] = folder_of(self.config.images_dir, label, key, sampling)
+            folder = self.folders[name] = image_folders.folder_of(self.config.images_dir, label, key, sampling)
             if not self.config.resume:
-                delete_images(folder, self.prompts)
+                image_folders.delete_images(folder, self.prompts)
             several = self._in_processes(name, folder) if self.config.num_processes else None
-            for progress in several or sample_folder(model, self.prompts, folder, sampling, key):
+            for progress in several or image_folders.sample_folder(model, self.prompts, folder, sampling, key):
                 gallery.update(name, progress)
         return self.folders
 
@@ -86,11 +85,11 @@ class Comparison:
             path = str(self.run.dir / name)
             self.models[name].save_pretrained(path)
         job = self.config.part(SampleFolder, unet=path, lora=None, output_dir=None)
-        return sample_in_processes(job, self.prompts, folder, self.config.num_processes)
+        return image_folders.sample_in_processes(job, self.prompts, folder, self.config.num_processes)
 
     def opened(self, name: str, prompts: Sequence[Prompt]) -> list[Image.Image]:
         """One model's images of these prompts."""
-        return [Image.open(image_path(self.folders[name], prompt.id)) for prompt in prompts]
+        return [Image.open(image_folders.image_path(self.folders[name], prompt.id)) for prompt in prompts]
 
     def prompts_of(self, ids: Sequence[str]) -> list[Prompt]:
         """Prompts by their ids."""
@@ -127,8 +126,8 @@ class Comparison:
         for scale in self.config.guidances:
             # Ten steps of DPM-Solver++ are as good here as 25 of PNDM.
             sampling = self.config.part(FolderSampling, guidance_scale=scale, num_inference_steps=10, scheduler="dpm++")
-            folder = folder_of(self.config.images_dir, label, key, sampling)
-            for progress in sample_folder(model, prompts, folder, sampling, key):
+            folder = image_folders.folder_of(self.config.images_dir, label, key, sampling)
+            for progress in image_folders.sample_folder(model, prompts, folder, sampling, key):
                 gallery.update(f"guidance {scale:g}", progress)
             found[scale] = evaluator.evaluate(folder, prompts).scores
         return found

@@ -111,7 +111,7 @@ def execute(job: Job) -> tuple[str, float, str]:
         papermill.execute_notebook(
             str(job.notebook), str(executed), parameters={**job.parameters, "output_dir": str(job.dir)},
             cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+            stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"], start_timeout=600,  # on a busy machine
         )  # fmt: skip
         figure = json.loads((job.dir / "result.json").read_text(encoding="utf-8"))["metrics"]["key_figure"]
     except Exception as error:  # whatever a notebook raises, the runs after it still take place
@@ -190,9 +190,8 @@ def write_index(outputs: Path = ROOT / "outputs") -> Path:
 
 
 def _entry(page: Path, outputs: Path) -> str:
-    first = next(cell for cell in nbformat.read(page.with_suffix(".ipynb"), as_version=4).cells).source
-    question, result = QUESTION.search(first), page.parent / "result.json"
-    figure = "did not finish"
+    first = nbformat.read(page.with_suffix(".ipynb"), as_version=4).cells[0].source
+    question, result, figure = QUESTION.search(first), page.parent / "result.json", "did not finish"
     if result.is_file():
         figure = json.loads(result.read_text(encoding="utf-8"))["metrics"]["key_figure"]
     images = sorted(page.parent.glob("*.png"), key=lambda path: path.stat().st_mtime)

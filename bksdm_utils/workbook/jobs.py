@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config.evaluation import SampleFolder
 from ..config.training import KDTraining
-from ..evaluation.job import sample
+from ..evaluation.folders import sample
 from ..evaluation.scorer import Scorer
 from ..files import is_main_process
 from ..processes import LAST_WORDS, mark_finished

@@ -111,10 +111,10 @@ def start(kind: type[Config], variables: Mapping[str, object]) -> Run:
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not pass for this one's
     write_json(folder / "config.json", config.model_dump(mode="json"))
     preset = getattr(config, "chosen_preset", STORYBOOK)
-    p = provenance(config.device)
-    run = Run(config, preset, plan, folder, p, preset.measured and _is_standard(kind, given))
-    name, versions = folder_name(preset.name, run.variant), f"torch {p['torch']}, diffusers {p['diffusers']}"
-    print(f"{name} on {p['device']} | {versions} | commit {p['commit']} | {relative(folder)}")
+    origin = provenance(config.device)
+    run = Run(config, preset, plan, folder, origin, preset.measured and _is_standard(kind, given))
+    name, versions = folder_name(preset.name, run.variant), f"torch {origin['torch']}, diffusers {origin['diffusers']}"
+    print(f"{name} on {origin['device']} | {versions} | commit {origin['commit']} | {relative(folder)}")
     return run
 
 
