@@ -105,53 +105,47 @@ def _add_adapters(part: nn.Module, rank: int, alpha: float, targets: tuple[str, 
     part.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), "default")
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Latents of a few captioned images: the posterior's mean and deviation, (N, 4, h, w), and token ids, (N, T).
+@torch.no_grad()
+def encode(pipeline: Pipeline, captioned: Sequence[tuple[str, Image.Image]], resolution: int) -> tuple:
+    """Mean and deviation, (N, 4, h, w), of the posterior of centre-cropped images, and their captions' ids, (N, T).
 
     All on the CPU, where a batch is put together; a GPU would have to be waited for.
     """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    token_ids: torch.Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, pipeline: Pipeline, captioned: Sequence[tuple[str, Image.Image]], resolution: int) -> Moments:
-        """Encodes (caption, image) pairs, centre-cropped to `resolution`."""
-        size, parts = encoding_batch(resolution), []
-        for start in range(0, len(captioned), size):
-            pixels = [to_pixels(image, resolution) for _, image in captioned[start : start + size]]
-            parts.append(posterior(pipeline, torch.stack(pixels)))
-        mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return cls(mean.cpu(), std.cpu(), token_ids(pipeline, [caption for caption, _ in captioned]))
+    size, parts = encoding_batch(resolution), []
+    for start in range(0, len(captioned), size):
+        pixels = [to_pixels(image, resolution) for _, image in captioned[start : start + size]]
+        parts.append(posterior(pipeline, torch.stack(pixels)))
+    mean, std = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
+    return mean, std, token_ids(pipeline, [caption for caption, _ in captioned])
 
 
 @dataclass(frozen=True)
 class SubjectBatches:
-    """Batches of a subject's images, followed by as many of its class, if any (prior preservation)."""
+    """Batches of a subject's images, followed by as many of its class, if any (prior preservation).
 
-    instance: Moments
-    prior: Moments | None
+    Attributes:
+        encoded: of the subject's images and of its class's, if any, as `encode` gives them.
+    """
+
+    encoded: Sequence[tuple]
     num_train_timesteps: int
     device: torch.device | str = "cpu"
 
     @property
     def num_examples(self) -> int:
         """How many images the subject has."""
-        return len(self.instance.mean)
+        return len(self.encoded[0][0])
 
     def __call__(self, rng: BatchRng) -> Batch:
         """One micro-batch; both halves use the same generators, one after the other."""
-        parts = [self._sampled(moments, rng) for moments in (self.instance, self.prior) if moments is not None]
+        parts = [self._sampled(rng, *encoded) for encoded in self.encoded]
         return Batch(*(to_device(torch.cat(tensors), self.device) for tensors in zip(*parts, strict=True)))
 
-    def _sampled(self, moments: Moments, rng: BatchRng) -> tuple[torch.Tensor, ...]:
-        indices = replace(rng, num_examples=len(moments.mean)).indices  # a permutation of these images, by epoch
-        shape = moments.mean.shape[1:]
-        latents = moments.mean[indices] + moments.std[indices] * rng.normal(*shape)
-        return latents, rng.normal(*shape), rng.integers(self.num_train_timesteps), moments.token_ids[indices]
+    def _sampled(self, rng: BatchRng, mean: torch.Tensor, std: torch.Tensor, token_ids: torch.Tensor) -> tuple:
+        indices = replace(rng, num_examples=len(mean)).indices  # a permutation of these images, epoch by epoch
+        shape = mean.shape[1:]
+        latents = mean[indices] + std[indices] * rng.normal(*shape)
+        return latents, rng.normal(*shape), rng.integers(self.num_train_timesteps), token_ids[indices]
 
 
 @dataclass(frozen=True)
@@ -220,12 +214,12 @@ def prepare(
     model = DreamBoothModel(own, config)
     side = config.resolution or own.unet.config.sample_size * own.vae_scale_factor
     captioned = list(zip(subject.captions(config.identifier), subject.images, strict=True))
-    prior = Moments.of(own, class_images, side) if config.prior_loss_weight else None
+    groups = [captioned, class_images] if config.prior_loss_weight else [captioned]
+    encoded = [encode(own, group, side) for group in groups]
     scheduler = DDPMScheduler.from_config(own.scheduler.config)
-    instance, steps = Moments.of(own, captioned, side), scheduler.config.num_train_timesteps
-    batches = SubjectBatches(instance, prior, steps, own.device)
-    fingerprint = {"base": model_hash(pipeline), "subject": subject.key, "class_images": images_hash(class_images),
-                   "resolution": side, **{name: getattr(config, name) for name in CONTENT}}  # fmt: skip
+    batches = SubjectBatches(encoded, scheduler.config.num_train_timesteps, own.device)
+    fingerprint = {"base": model_hash(pipeline), "subject": images_hash(captioned), "resolution": side,
+                   "class_images": images_hash(class_images), **{n: getattr(config, n) for n in CONTENT}}  # fmt: skip
     precision = supported_precision(config.mixed_precision, own.device.type)
     trainer = Trainer(model, config.part(Training, mixed_precision=precision), folder, config.resume, fingerprint)
     logs = (CsvLog(folder / name, trainer.step) for name in ("log.csv", "along.csv"))

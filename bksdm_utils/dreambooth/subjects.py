@@ -49,11 +49,6 @@ class Subject:
         """The same prompts without the identifier, which no CLIP model knows."""
         return [text.format(self.class_word) for text in self.templates for _ in range(num_images)]
 
-    @property
-    def key(self) -> str:
-        """A hash of class word, captions and images."""
-        return images_hash(zip((f"{self.class_word}: {c}" for c in self.image_captions), self.images, strict=True))
-
 
 def images_hash(captioned: Iterable[tuple[str, Image.Image]]) -> str:
     """A hash of (caption, image) pairs."""

@@ -69,22 +69,22 @@ def test_the_loss_equals_a_plain_computation(pipeline, subject, class_images, pr
     run = replace(prepared(other, subject, tmp_path, "full", class_images=class_images), prior_loss_weight=0.5)
     ours, pipeline = run.losses(run.model, run.batches(BatchRng(7, 5, range(2), 2, 5))), run.pipeline
     generators, expected = BatchRng(7, 5, range(2), 2, 5).generators, {}
-    for name, moments, size in (("loss_instance", run.batches.instance, 5), ("loss_prior", run.batches.prior, 3)):
-        shape, errors = moments.mean.shape[1:], []
+    for name, (mean, std, token_ids) in zip(("loss_instance", "loss_prior"), run.batches.encoded, strict=True):
+        shape, errors, size = mean.shape[1:], [], len(mean)
         sampling, noise = ([torch.randn(shape, generator=g) for g in generators] for _ in range(2))
         times = [torch.randint(1000, (1,), generator=g) for g in generators]
         for k, i in enumerate(BatchRng(7, 5, range(2), 2, size).indices):
-            x = moments.mean[i] + moments.std[i] * sampling[k]
+            x = mean[i] + std[i] * sampling[k]
             alpha = scheduler.alphas_cumprod[times[k]].item()
             noisy = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise[k]
             v = alpha**0.5 * noise[k] - (1 - alpha) ** 0.5 * x
-            hidden_states = pipeline.text_encoder(moments.token_ids[i][None])[0]
+            hidden_states = pipeline.text_encoder(token_ids[i][None])[0]
             prediction = pipeline.unet(noisy[None], times[k], encoder_hidden_states=hidden_states).sample[0]
             errors.append(F.mse_loss(prediction, v if prediction_type == "v_prediction" else noise[k]))
         expected[name] = sum(errors).item() / len(errors)
     expected["loss"] = expected["loss_instance"] + 0.5 * expected["loss_prior"]
     assert {name: value.item() for name, value in ours.items()} == pytest.approx(expected, rel=1e-5)
-    batch = replace(run.batches, prior=None)(BatchRng(7, 5, range(2), 2, 5))
+    batch = replace(run.batches, encoded=run.batches.encoded[:1])(BatchRng(7, 5, range(2), 2, 5))
     without = replace(run, prior_loss_weight=0.0).losses(run.model, batch)
     assert set(without) == {"loss", "loss_instance"}
     assert without["loss"].item() == pytest.approx(expected["loss_instance"], rel=1e-5)
