@@ -36,9 +36,7 @@ class Costs:
     """Costs of one forward pass of batch 1.
 
     Attributes:
-        params: number of parameters.
         macs: multiply-accumulates in the paper's convention.
-        macs_with_attention: the same, matrix products of attention included, normalisations left out.
         by_module: the same three for every module by its name, each with everything inside it.
     """
 
@@ -64,30 +62,35 @@ def count(unet: UNet2DConditionModel | Mapping, sample_size: int | None = None) 
 
 
 def count_vae(config: Mapping, resolution: int) -> dict[str, Costs]:
-    """Counts a VAE's decoder and encoder by its config.
-
-    Args:
-        resolution: side of the image in pixels.
-    """
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
+    """Counts a VAE's decoder and encoder by its config, for images of `resolution` pixels a side."""
+    vae = empty_vae(config)
     side = resolution // 2 ** (len(config["block_out_channels"]) - 1)
     latents = torch.zeros(1, config["latent_channels"], side, side, device="meta")
     pixels = torch.zeros(1, config["in_channels"], resolution, resolution, device="meta")
     return {"VAE decoder": _count(vae.decoder, latents), "VAE encoder": _count(vae.encoder, pixels)}
 
 
-def count_text_encoder(config: Mapping, num_tokens: int | None = None) -> Costs:
-    """Counts a CLIP text encoder by its config, for texts of `num_tokens`, by default as many as it can take."""
+def count_text_encoder(config: Mapping) -> Costs:
+    """Counts a CLIP text encoder by its config, for texts of as many tokens as it can take."""
+    model = empty_text_encoder(config)
+    return _count(model, torch.zeros(1, model.config.max_position_embeddings, dtype=torch.long, device="meta"))
+
+
+def empty_vae(config: Mapping) -> AutoencoderKL:
+    """The autoencoder of a config on the meta device."""
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(dict(config))
+
+
+def empty_text_encoder(config: Mapping) -> nn.Module:
+    """The CLIP text encoder of a config on the meta device."""
     import transformers
 
     model_class = getattr(transformers, config.get("architectures", ["CLIPTextModel"])[0])
     text = transformers.CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
     text._attn_implementation = "eager"  # plain matrix products, which are counted
     with torch.device("meta"):
-        model = model_class(text)
-    tokens = torch.zeros(1, num_tokens or text.max_position_embeddings, dtype=torch.long, device="meta")
-    return _count(model, tokens)
+        return model_class(text)
 
 
 def count_pipeline(config: Teacher) -> dict[str, Costs]:
@@ -101,15 +104,20 @@ def count_pipeline(config: Teacher) -> dict[str, Costs]:
 
 
 def _count(model: nn.Module, *inputs: torch.Tensor, **named: object) -> Costs:
-    macs, handles = Counter(), []
+    macs, params, handles = Counter(), Counter(), []
+
+    def add(module: nn.Module, output: torch.Tensor, names: Sequence[str]) -> None:
+        each = 4 if isinstance(module, nn.LayerNorm) else module.weight[0].numel()
+        macs.update(dict.fromkeys(names, each * output.numel()))
+
     for name, module in model.named_modules():
-        if not list(module.children()):
-            handles.append(module.register_forward_hook(_counter(macs, _containers(name))))
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LayerNorm)):
+            names = _containers(name)
+            handles.append(module.register_forward_hook(lambda module, _, out, names=names: add(module, out, names)))
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model(*inputs, **named)
     for handle in handles:
         handle.remove()
-    params = Counter()
     for name, parameter in model.named_parameters():
         params.update(dict.fromkeys(_containers(name), parameter.numel()))
     counted = flops.get_flop_counts()
@@ -126,30 +134,10 @@ def _containers(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
-def block_of(name: str) -> str:
-    """The top-level block that a parameter or module belongs to: "up_blocks.1", "mid_block", "conv_in" …"""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
-
-
 def is_block(name: str) -> bool:
-    """Whether a module is one of the top-level blocks."""
-    return name == block_of(name) and name not in ("", "down_blocks", "up_blocks")
-
-
-def _counter(macs: Counter, names: Sequence[str]):
-    def hook(module: nn.Module, _, output: torch.Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            done = output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            done = output.numel() * module.in_features
-        elif isinstance(module, nn.LayerNorm):
-            done = 4 * output.numel()
-        else:
-            return
-        macs.update(dict.fromkeys(names, done))
-
-    return hook
+    """Whether a module is one of the top-level blocks: "up_blocks.1", "mid_block", "conv_in" …"""
+    stage, *inner = name.split(".")
+    return name != "" and len(inner) == (1 if stage in ("down_blocks", "up_blocks") else 0)
 
 
 # Parameters in millions as their authors give them: (U-Net, the whole pipeline without the VAE's encoder). BK-SDM's are
@@ -165,8 +153,7 @@ def beside_published(params: Mapping[str, int], published: Mapping[str, int]) ->
     """Rows of a table: network, ours, published and the difference, all in millions of parameters."""
     rows = []
     for name, exact in params.items():
-        row = {"network": name, "ours (M)": round(exact / 1e6, 2), "published (M)": None, "difference (M)": None}
-        if published.get(name) is not None:
-            row |= {"published (M)": published[name], "difference (M)": round(exact / 1e6 - published[name], 2)}
-        rows.append(row)
+        ours, theirs = exact / 1e6, published.get(name)
+        row = {"network": name, "ours (M)": round(ours, 2), "published (M)": theirs}
+        rows.append({**row, "difference (M)": None if theirs is None else round(ours - theirs, 2)})
     return rows

@@ -28,29 +28,20 @@ class Latency:
     high: float
 
 
-def interleaved_latency(
-    unets: Mapping[str, nn.Module], repeats: int = 10, batch_size: int = 1, sample_size: int | None = None,
-    warmup: int = 1, compiled: bool = False,
-) -> dict[str, Latency]:  # fmt: skip
+def interleaved_latency(unets: Mapping[str, nn.Module], repeats: int = 10) -> dict[str, Latency]:
     """Times several U-Nets in turn, A B A B …, so that background load affects all of them alike.
 
-    Args:
-        sample_size: side of the latents; each U-Net's own by default.
-        warmup: rounds that are not counted.
-        compiled: through `torch.compile`, whose compilation falls into the warm-up (minutes).
+    Batch 1, latents of each U-Net's own size; a first round is not counted.
     """
-    runs = {name: torch.compile(unet) if compiled else unet for name, unet in unets.items()}
-    inputs = {name: _real_inputs(unet, batch_size, sample_size) for name, unet in unets.items()}
+    inputs = {name: _real_inputs(unet) for name, unet in unets.items()}
     seconds = defaultdict(list)
-    for round_ in range(warmup + repeats):
-        for name, run in runs.items():
-            elapsed = _forward_seconds(run, inputs[name], unets[name].device)
-            if round_ >= warmup:
-                seconds[name].append(elapsed)
-    return {name: _latency(s) for name, s in seconds.items()}
+    for _ in range(1 + repeats):
+        for name, unet in unets.items():
+            seconds[name].append(_forward_seconds(unet, inputs[name]))
+    return {name: _latency(s[1:]) for name, s in seconds.items()}
 
 
-def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int = 1) -> dict[str, Latency]:
+def block_latency(unet: UNet2DConditionModel, repeats: int = 10) -> dict[str, Latency]:
     """Times every top-level block of one U-Net within its forward passes; eager only, the first pass is not counted."""
     started, seconds, handles = {}, defaultdict(list), []
 
@@ -63,31 +54,33 @@ def block_latency(unet: UNet2DConditionModel, repeats: int = 10, batch_size: int
         if is_block(name):
             handles.append(module.register_forward_pre_hook(lambda *_, n=name: started.update({n: now()})))
             handles.append(module.register_forward_hook(lambda *_, n=name: seconds[n].append(now() - started[n])))
-    inputs = _real_inputs(unet, batch_size)
+    inputs = _real_inputs(unet)
     for _ in range(repeats + 1):
-        _forward_seconds(unet, inputs, unet.device)
+        _forward_seconds(unet, inputs)
     for handle in handles:
         handle.remove()
     return {name: _latency(s[1:]) for name, s in seconds.items()}
 
 
 @torch.no_grad()
-def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1, sample_size: int | None = None) -> int:
+def peak_memory(unet: UNet2DConditionModel, batch_size: int = 1) -> int:
     """Bytes that one forward pass needs at its peak: weights, inputs and activations.
 
     On a GPU as its allocator counts them; on a CPU the bytes of all tensors alive at once, without the libraries' own.
     """
-    inputs = _real_inputs(unet, batch_size, sample_size)
+    inputs = _real_inputs(unet, batch_size)
+    tensors = [*unet.parameters(), *unet.buffers(), *(x for x in inputs.values() if isinstance(x, torch.Tensor))]
+    own = sum(t.numel() * t.element_size() for t in tensors)
     if unet.device.type == "cuda":
         unet(**inputs)
+        before = torch.cuda.memory_allocated()  # of other networks too
         torch.cuda.reset_peak_memory_stats()
         unet(**inputs)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return own + torch.cuda.max_memory_allocated() - before
     with LiveBytes() as live:
         unet(**inputs)
-    tensors = [*unet.parameters(), *unet.buffers(), *(x for x in inputs.values() if isinstance(x, torch.Tensor))]
-    return live.peak + sum(t.numel() * t.element_size() for t in tensors)
+    return own + live.peak
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,15 +107,15 @@ class LiveBytes(TorchDispatchMode):
         self.held -= size
 
 
-def _real_inputs(unet: UNet2DConditionModel, batch_size: int, sample_size: int | None = None) -> dict:
-    return unet_inputs(unet.config, sample_size, batch_size, unet.device, unet.dtype)
+def _real_inputs(unet: UNet2DConditionModel, batch_size: int = 1) -> dict:
+    return unet_inputs(unet.config, None, batch_size, unet.device, unet.dtype)
 
 
 @torch.no_grad()
-def _forward_seconds(unet: nn.Module, inputs: Mapping, device: torch.device) -> float:
+def _forward_seconds(unet: nn.Module, inputs: Mapping) -> float:
     started = time.perf_counter()
     unet(**inputs)
-    if device.type == "cuda":
+    if unet.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 

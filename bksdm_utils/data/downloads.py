@@ -1,4 +1,4 @@
-"""Files from the network: resumed, checked, and unpacked into their own folder only (notebooks 03 to 05)."""
+"""Files from the network: resumed, whole, and unpacked into their own folder only (notebooks 03 to 05)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ class Download:
 
     Attributes:
         path: relative to the repository; a .tar.gz is unpacked into the folder of the same name.
-        sha256: where known; otherwise the first download's is recorded beside the file and later ones must equal it.
         disk_factor: disk needed altogether, as a multiple of the file's size; archives need space for their contents.
     """
 
     url: str
     path: str
-    sha256: str | None = None
     disk_factor: float = 1.0
 
 
@@ -73,32 +71,16 @@ def fetch(download: Download, root: Path = ROOT) -> Path:
     """The file, downloaded if it does not exist yet; an interrupted download continues where it stopped.
 
     Raises:
-        ValueError: no such file, a wrong checksum, or not enough disk; no incomplete file ever has the name.
+        ValueError: no such file, or not enough disk; no incomplete file ever has the name.
         OSError: the network or the server failed; the part received so far is kept for the next call.
     """
-    path, note, part = (root / (download.path + suffix) for suffix in ("", ".sha256", ".part"))
-    expected = download.sha256 or (note.read_text(encoding="utf-8").split()[0] if note.exists() else None)
-    if path.exists():
-        if expected and (digest := _sha256(path)) != expected:
-            raise ValueError(f"{path} has the sha256 {digest}, expected {expected}: delete it to fetch it again")
-        return path
-    _receive(download, part)
-    digest = _sha256(part)
-    if expected not in (None, digest):
-        part.unlink()
-        raise ValueError(f"{download.url} has the sha256 {digest}, expected {expected}, and was deleted: try again, or "
-                         "ask those who offer the file")  # fmt: skip
-    note.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
-
-
-def _receive(download: Download, part: Path) -> None:
-    """Downloads to `part`, from where it ends."""
     from huggingface_hub.file_download import http_get  # resumes, retries, and checks the length
 
-    part.parent.mkdir(parents=True, exist_ok=True)
+    path, part = root / download.path, root / f"{download.path}.part"
+    if path.exists():
+        return path
     size = _size(download.url)
+    part.parent.mkdir(parents=True, exist_ok=True)
     if size is not None and part.exists() and part.stat().st_size > size:  # of another version of the file
         part.unlink()
     with part.open("ab") as file:
@@ -106,6 +88,8 @@ def _receive(download: Download, part: Path) -> None:
         print(f"{download.path}: {need / 1e9:.2f} GB of disk needed", flush=True)
         check_disk(part.parent, need, download.path)
         http_get(download.url, file, resume_size=file.tell(), expected_size=size)
+    os.replace(part, path)
+    return path
 
 
 def _size(url: str) -> int | None:
@@ -118,13 +102,6 @@ def _size(url: str) -> int | None:
         raise kind(f"{url} answers {response.status_code}: the file does not exist, or the server has failed")
     length = response.headers.get("Content-Length")
     return int(length) if length else None
-
-
-def _sha256(path: Path) -> str:
-    from huggingface_hub.utils.sha import sha_fileobj
-
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
 
 
 def fetch_folder(download: Download, root: Path = ROOT) -> Path:

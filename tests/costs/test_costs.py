@@ -85,20 +85,17 @@ def test_a_random_unet_is_finite_and_of_its_config():
     assert sum(p.numel() for p in unet.parameters()) == count(NARROW).params
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_latency_is_measured_in_turns_without_the_warm_up(compiled, monkeypatch):
+def test_latency_is_measured_in_turns_without_the_first_round(monkeypatch):
     calls, seconds = [], {"quick": 1.0, "slow": 3.0}
 
-    def forward(run, _inputs, _device):
-        calls.append(run)
-        return seconds[run] + 100 * (len(calls) <= 4)
+    def forward(unet, _inputs):
+        calls.append(unet)
+        return seconds[unet] + 100 * (len(calls) <= 2)
 
     monkeypatch.setattr("bksdm_utils.costs.measuring._forward_seconds", forward)
-    monkeypatch.setattr("bksdm_utils.costs.measuring._real_inputs", lambda *_: {})
-    monkeypatch.setattr(torch, "compile", lambda unet: unet.name)
-    unets = {name: type("Unet", (str,), {"name": name, "device": None})(name) for name in seconds}
-    timed = interleaved_latency(unets, repeats=3, warmup=2, compiled=compiled)
-    assert calls == ["quick", "slow"] * 5
+    monkeypatch.setattr("bksdm_utils.costs.measuring._real_inputs", lambda _: {})
+    timed = interleaved_latency({name: name for name in seconds}, repeats=3)
+    assert calls == ["quick", "slow"] * 4
     assert (timed["quick"].median, timed["slow"].median, timed["slow"].high) == (1.0, 3.0, 3.0)
 
 

@@ -1,7 +1,6 @@
 """Downloads from a server with faults: the right file, or a clear error and no file."""
 
 import gzip
-import hashlib
 import io
 import shutil
 import tarfile
@@ -15,7 +14,6 @@ from conftest import disk_full_beyond
 from bksdm_utils.data.downloads import DOWNLOADS, Download, download, fetch, fetch_folder
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(BaseHTTPRequestHandler):
@@ -71,23 +69,22 @@ def server(monkeypatch):
     huggingface_hub.utils.close_session()
 
 
-def test_a_file_is_fetched_once_and_its_checksum_recorded(server, tmp_path):
+def test_a_file_is_fetched_once(server, tmp_path):
     item = Download(f"{server}/file.bin", "data/file.bin")
     path = fetch(item, tmp_path)
     assert path.read_bytes() == CONTENT and fetch(item, tmp_path) == path and len(Server.ranges) == 1
-    assert (tmp_path / "data" / "file.bin.sha256").read_text().split()[0] == SHA256
-    assert sorted(p.name for p in path.parent.iterdir()) == ["file.bin", "file.bin.sha256"]
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
 @pytest.mark.parametrize("faults", [["cut"], ["cut", "cut", "cut"], ["cut", "no_range"]])
 def test_interrupted_downloads_continue(faults, server, tmp_path):
     Server.faults.extend(faults)
-    assert fetch(Download(f"{server}/file.bin", "file.bin", SHA256), tmp_path).read_bytes() == CONTENT
+    assert fetch(Download(f"{server}/file.bin", "file.bin"), tmp_path).read_bytes() == CONTENT
     assert Server.ranges[1] == f"bytes={len(CONTENT) // 2}-"
 
 
 def test_the_part_before_a_failure_is_kept_for_the_next_call(server, tmp_path):
-    item = Download(f"{server}/file.bin", "file.bin", SHA256)
+    item = Download(f"{server}/file.bin", "file.bin")
     Server.faults.extend(["cut", 500])
     with pytest.raises(OSError):
         fetch(item, tmp_path)
@@ -100,16 +97,6 @@ def test_a_missing_file_is_an_error(server, tmp_path):
     with pytest.raises(ValueError, match="answers 404"):
         fetch(Download(f"{server}/other.bin", "other.bin"), tmp_path)
     assert not (tmp_path / "other.bin").exists()
-
-
-def test_a_wrong_checksum_leaves_no_file(server, tmp_path):
-    with pytest.raises(ValueError, match="expected 00.*was deleted"):
-        fetch(Download(f"{server}/file.bin", "file.bin", "00"), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    fetch(Download(f"{server}/file.bin", "file.bin"), tmp_path)
-    (tmp_path / "file.bin").write_bytes(b"changed")
-    with pytest.raises(ValueError, match="delete .* to fetch it again"):
-        fetch(Download(f"{server}/file.bin", "file.bin"), tmp_path)
 
 
 def test_a_part_longer_than_the_file_is_deleted(server, tmp_path):
