@@ -25,14 +25,14 @@ from ..core.plans import student_config
 from ..core.taps import tap_pairs
 from ..models.configs import teacher_config
 from ..models.devices import DTYPES, norms_in_input_precision
-from .counting import count, count_text_encoder, count_vae
+from .counting import count, empty_text_encoder, empty_vae
 from .measuring import LiveBytes
 
 CONTEXT = 1e9  # bytes that CUDA's context and cuDNN take beside torch's allocator, about
 CARDS = (12, 16, 24, 40, 80)  # GB
 BYTES_OF_OPTIMIZER = {"adamw": 8, "adamw_8bit": 2}  # for each parameter, two moments
 LOW = (F.conv2d, F.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
-FULL = (F.group_norm, F.layer_norm, F.mse_loss, F.softmax)
+FULL, NORMS = (F.mse_loss, F.softmax), (F.group_norm, F.layer_norm)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def memory_by_micro_batch(config: KDTraining, sizes: Sequence[int]) -> dict[int,
     unet = teacher_config(config)
     teacher = empty_unet(unet)
     student = empty_unet(student_config(unet, find_plan(config.variant, unet)))
-    trained, frozen = (sum(p.numel() for p in network.parameters()) for network in (student, teacher))
+    trained, frozen = _size(student), _size(teacher)
     few, many = min(sizes), max(sizes) if len(sizes) < 3 else 8 * min(sizes)
-    at_few = step_bytes(teacher, student, config.but(batch_size=few))
+    other, at_few = _other_parts(config), step_bytes(teacher, student, config.but(batch_size=few))
     at_many = step_bytes(teacher, student, config.but(batch_size=many)) if many > few else at_few
     average = 4 * trained if config.ema_decay and not config.ema_device else 0
     memory = {}
@@ -83,18 +83,21 @@ def memory_by_micro_batch(config: KDTraining, sizes: Sequence[int]) -> dict[int,
         activations = max(step - 4 * trained, average)  # diffusers' average makes a copy of the weights on its way
         memory[size] = Memory(
             4 * trained, 4 * trained, trained * BYTES_OF_OPTIMIZER[config.optimizer], average,
-            frozen * DTYPES[config.mixed_precision].itemsize + _other_parts(config), activations,
+            frozen * DTYPES[config.mixed_precision].itemsize + other, activations,
         )  # fmt: skip
     return memory
 
 
 def _other_parts(config: KDTraining) -> int:
     """Bytes of the text encoders in the run's precision and of the autoencoder in full."""
-    size = DTYPES[config.mixed_precision].itemsize
-    names = text_encoder_names(teacher_config(config))
-    encoders = sum(count_text_encoder(teacher_config(config, name)).params for name in names)
-    vae = sum(part.params for part in count_vae(teacher_config(config, "vae"), config.resolution).values())
-    return size * encoders + 4 * vae
+    size, names = DTYPES[config.mixed_precision].itemsize, text_encoder_names(teacher_config(config))
+    encoders = [empty_text_encoder(teacher_config(config, name)) for name in names]
+    vae = empty_vae(teacher_config(config, "vae"))
+    return size * sum(map(_size, encoders)) + 4 * _size(vae)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def tera_operations(config: KDTraining) -> float:
@@ -133,7 +136,7 @@ def report(config: KDTraining, tflops: float = 200.0) -> str:
 def step_bytes(teacher, student, config: KDTraining) -> int:
     """Bytes of all tensors that one micro-batch makes, gradients included, at the peak of its two passes."""
     dtype, latent_side = DTYPES[config.mixed_precision], config.resolution // 8
-    precision = _Autocast(dtype)
+    precision = _Autocast(dtype, FULL if config.low_precision_norms else FULL + NORMS)
     student.zero_grad()
     nn.Module.to(teacher, dtype)  # diffusers' own logs a warning
     for unet in (teacher, student):
@@ -164,9 +167,9 @@ def step_bytes(teacher, student, config: KDTraining) -> int:
 class _Autocast(TorchFunctionMode):
     """What autocast and its attention do on a GPU, for meta tensors, which have neither."""
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, full: Sequence):
         super().__init__()
-        self.dtype, self.weights = dtype, {}
+        self.dtype, self.full, self.weights = dtype, full, {}
 
     def forget(self) -> None:
         """Releases the casts of weights, which autocast keeps until its block ends."""
@@ -176,7 +179,7 @@ class _Autocast(TorchFunctionMode):
         """A checkpoint whose second pass computes as the first one did."""
 
         def forward(*inputs):
-            again = _Autocast(self.dtype)
+            again = _Autocast(self.dtype, self.full)
             again.weights = self.weights if self.weights else {}
             with again:
                 return module(*inputs)
@@ -189,7 +192,7 @@ class _Autocast(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        dtype = self.dtype if function in LOW else torch.float32 if function in FULL else None
+        dtype = self.dtype if function in LOW else torch.float32 if function in self.full else None
         if dtype is not None:
             args = tuple(self._cast(value, dtype) for value in args)
             kwargs = {name: self._cast(value, dtype) for name, value in kwargs.items()}

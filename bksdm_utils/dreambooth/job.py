@@ -21,12 +21,12 @@ from ..config.training import Training
 from ..core.losses import Batch, training_target
 from ..data.images import to_pixels
 from ..files import CsvLog
-from ..models.devices import supported_precision
+from ..models.devices import supported_precision, to_device
 from ..models.hashes import architecture_hash, model_hash
 from ..models.lora import LORA_BASE
 from ..models.pipelines import Pipeline, own_copy
 from ..models.saving import save_model
-from ..training.encoding import encoding_batch, posterior, to_device, token_ids
+from ..training.encoding import encoding_batch, posterior, token_ids
 from ..training.rng import BatchRng
 from ..training.step import Step
 from ..training.trainer import Trainer

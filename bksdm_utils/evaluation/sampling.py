@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ..config.evaluation import FolderSampling
 from ..files import in_threads
+from ..models.devices import memory_advice, to_device
 from ..models.pipelines import Pipeline, for_one_thread, with_scheduler
 
 
@@ -46,6 +48,9 @@ def sample_batches(
     The next pass is computed while the caller works on the last one. Kernels may round differently for another number
     of images or threads. So on a CPU every pass has the same number of images, padded at the end, and one thread;
     several threads compute several passes. A GPU takes `sampling.batch_size` and guarantees the same noise only.
+
+    Raises:
+        RuntimeError: a GPU's memory did not suffice.
     """
     check_steps(pipeline, sampling)
     pipeline = with_scheduler(pipeline, sampling.scheduler)
@@ -59,15 +64,19 @@ def sample_batches(
         if not hasattr(own, "pipeline"):
             own.pipeline = copies.pop()
         chosen = slice(start, start + size)
-        return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size)
+        with memory_advice(f"sampling {len(captions[chosen])} images at once", "a smaller batch_size",
+                           "fewer pixels (size)", "nothing else on this GPU"):  # fmt: skip
+            return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size if on_cpu else 0)
 
     training = pipeline.unet.training
     pipeline.unet.eval()
     torch.set_num_threads(1 if on_cpu else threads)
+    pipeline.vae.use_slicing = not on_cpu  # a whole batch decoded at once needs more memory than sampling it
     try:
         yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
     finally:
         torch.set_num_threads(threads)
+        pipeline.vae.use_slicing = False  # which would also encode images one by one
         pipeline.unet.train(training)
 
 
@@ -82,14 +91,37 @@ def check_steps(pipeline: Pipeline, sampling: FolderSampling) -> None:
 def _sample_pass(
     pipeline: Pipeline, captions: Sequence[str], seeds: Sequence[int], sampling: FolderSampling, size: int
 ) -> list[Image.Image]:
+    """Images of the captions; the batch is filled up to `size`."""
     padded = [*captions, *captions[-1:] * (size - len(captions))]
     generators = [torch.Generator().manual_seed(s) for s in (*seeds, *seeds[-1:] * (size - len(seeds)))]
     # A U-Net in training has full-precision weights, beside parts that may have half.
     types = {part.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae)}
     half = next(iter(types - {torch.float32}), None)
-    with torch.autocast(pipeline.device.type, half, enabled=len(types) > 1):
+    with torch.autocast(pipeline.device.type, half, enabled=len(types) > 1), _timesteps_on_the_cpu(pipeline):
         images = pipeline(
             padded, generator=generators, num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale, height=sampling.size, width=sampling.size,
         ).images  # fmt: skip
     return images[: len(captions)]
+
+
+@contextmanager
+def _timesteps_on_the_cpu(pipeline: Pipeline) -> Iterator[None]:
+    """Within the block the scheduler, which is this thread's own, reads its timesteps without waiting for a GPU."""
+    if pipeline.device.type != "cuda":
+        yield
+        return
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps = lambda *args, device=None, **kwargs: type(scheduler).set_timesteps(
+        scheduler, *args, device="cpu", **kwargs
+    )
+
+    def moved(_unet, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0], to_device(args[1], args[0].device), *args[2:]), kwargs
+
+    hook = pipeline.unet.register_forward_pre_hook(moved, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        del scheduler.set_timesteps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -67,6 +67,11 @@ class Scorer:
         images = generate(pipeline, captions, **self.sampling.but(num_inference_steps=num_inference_steps).values())
         distance = fid(self.clip.image_network(images), self._real_features)
         return {"clip_score": round(clip_score(self.clip, images, captions), 4), "fid": round(distance, 3)}
+
+    @property
+    def validation(self) -> Callable[[Pipeline], dict[str, float]] | None:
+        """`validate`, or None without a CLIP model, when nothing could be scored."""
+        return self.validate if self.clip else None
 
     @cached_property
     def validation_scenes(self) -> list[Scene]:

@@ -28,6 +28,13 @@ def supported_precision(precision: str, device: str) -> str:
     return precision
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device; from page-locked memory, so that the host need not wait for the copy to a GPU."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @contextmanager
 def memory_advice(doing: str, *settings: str) -> Iterator[None]:
     """Within the block a GPU's lack of memory says what was being done, how much is missing and what helps.

@@ -36,8 +36,6 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
         raise ValueError(f"{teacher} is a {type(pipeline).__name__}: expected one of {', '.join(PARTS)}")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # faster convolutions, on CPU and GPU
-    if device != "cpu":
-        pipeline.vae.enable_slicing()  # decoding a whole batch of large images needs more memory than sampling it
     half = torch.bfloat16 if vae_overflows_in_fp16(pipeline) else torch.float16
     return pipeline.to(device, half if dtype is torch.float16 else dtype)
 

@@ -8,7 +8,7 @@ import torch
 
 from ..config.training import KDTraining
 from ..core.losses import Batch
-from .encoding import to_device
+from ..models.devices import to_device
 from .rng import BatchRng
 
 

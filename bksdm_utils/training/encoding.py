@@ -17,13 +17,6 @@ def encoding_batch(resolution: int) -> int:
     return min(32, max(1, 4 * 512**2 // resolution**2))
 
 
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on a device; from page-locked memory, so that the host need not wait for the copy to a GPU."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def posterior(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (B, 4, h, w) of images (B, 3, H, W) in the VAE's scaled latents, fp32."""
     vae = pipeline.vae

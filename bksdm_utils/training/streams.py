@@ -15,7 +15,8 @@ from ..config.training import TrainingData
 from ..data.examples import captions_of, open_table
 from ..data.images import open_image, to_pixels
 from ..files import in_threads
-from .encoding import encoding_batch, posterior, to_device, token_ids
+from ..models.devices import to_device
+from .encoding import encoding_batch, posterior, token_ids
 from .rng import BatchRng
 
 SHUFFLE_BUFFER = 1000  # rows among which a stream is shuffled

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..core.taps import tap_features
-from ..training.encoding import to_device
+from ..models.devices import to_device
 from ..training.job import KDJob, short_run
 from ..training.rng import BatchRng
 

@@ -194,7 +194,7 @@ def test_an_own_student_is_played_with_and_exported(tmp_path, pipeline_dir, imag
     assert changed and all(name.endswith(("to_q.weight", "to_v.weight")) for name in changed)
     (tmp_path / "mine" / "exports" / "diffusers").mkdir(parents=True)
     (tmp_path / "mine" / "exports" / "diffusers" / "thesis.txt").write_text("precious")
-    with pytest.raises(papermill.PapermillExecutionError, match="is there already"):
+    with pytest.raises(papermill.PapermillExecutionError, match="exists already"):
         run_notebook("06", tmp_path / "mine", **with_lora)
     assert (tmp_path / "mine" / "exports" / "diffusers" / "thesis.txt").exists()
 

@@ -76,30 +76,33 @@ def test_the_configuration_is_what_trainer_sampler_and_scorer_got(number, tmp_pa
     _compare(number, config, seen)
 
 
+def _compared(number, kind, values, config):
+    """The values that must be the configuration's: all that it names, but for what a notebook varies on purpose."""
+    shared = {n: v for n, v in values.items() if n in type(config).model_fields and n not in EXCEPT}
+    if kind == "sampler":  # few-step students are sampled without guidance
+        names = ("seed",) if number == "06" else ("guidance_scale", "seed")
+        return {n: v for n, v in shared.items() if n in names}
+    if number in ("05", "06") and kind == "trainer":
+        return {n: v for n, v in shared.items() if n in ("batch_size", "seed", "optimizer", "weight_decay")}
+    if number == "01":  # its toggles sample six images, the scan num_images
+        shared.pop("num_images")
+    return shared
+
+
+RATES = {"03": 2e-4, "05": 3e-4, "06": 4e-4}
+
+
 def _compare(number, config, seen):
-    """Every value that a part was given is the configuration's, but for what a notebook varies on purpose."""
     for kind, values in seen:
-        shared = {n: v for n, v in values.items() if n in type(config).model_fields and n not in EXCEPT}
-        if kind == "sampler":  # few-step students are sampled without guidance
-            names = ("seed",) if number == "06" else ("guidance_scale", "seed")
-            shared = {n: v for n, v in shared.items() if n in names}
-        if number == "01" and kind == "scorer":  # its toggles sample six images, the scan num_images
-            shared.pop("num_images")
-        if number in ("05", "06") and kind == "trainer":
-            shared = {n: v for n, v in shared.items() if n in ("batch_size", "seed", "optimizer", "weight_decay")}
-        for name, value in shared.items():
+        for name, value in _compared(number, kind, values, config).items():
             own = getattr(config, name)
             assert value == (list(own) if isinstance(own, tuple) else own), (kind, name)
-    trainers = [values for kind, values in seen if kind == "trainer"]
-    scorers = [values for kind, values in seen if kind == "scorer"]
+    first = {kind: values for kind, values in reversed(seen)}
     if number in ("00", "01", "02"):
-        assert scorers[0]["num_images"] == config.num_images and scorers[0]["guidance_scale"] == config.guidance_scale
+        assert first["scorer"]["num_images"] == config.num_images
+        assert first["scorer"]["guidance_scale"] == config.guidance_scale
     if number == "06":
         guided = {values["guidance_scale"] for kind, values in seen if kind == "sampler"}
         assert guided <= {1.0, config.guidance_scale} and config.guidance_scale in guided
-    if number == "03":
-        assert trainers[0]["max_train_steps"] == 2 and trainers[0]["learning_rate"] == 2e-4
-    if number == "05":
-        assert trainers[0]["learning_rate"] == 3e-4 and trainers[0]["max_train_steps"] == 2
-    if number == "06":
-        assert trainers[0]["learning_rate"] == 4e-4 and trainers[0]["max_train_steps"] == 2
+    if number in RATES:
+        assert first["trainer"]["learning_rate"] == RATES[number] and first["trainer"]["max_train_steps"] == 2
