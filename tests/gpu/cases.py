@@ -84,7 +84,7 @@ def kd_config(place: Place, **parameters) -> KDTraining:
         "train_data_dir": images(place.folder, 4), "cache_dir": str(place.folder / "cache"), "resolution": 64,
         "batch_size": 2, "gradient_accumulation_steps": 1, "max_train_steps": 2, "validation_steps": 2,
         "checkpoint_steps": 0, "learning_rate": 1e-3, "lr_warmup_steps": 0, "ema_decay": 0.9, "mixed_precision": "no",
-        **parameters,
+        "gradient_checkpointing": False, **parameters,
     }  # fmt: skip
     return KDTraining.filled(**chosen)
 
@@ -168,7 +168,7 @@ def waits(place: Place):
         "from host, asked not to wait": lambda: host.to("cuda", non_blocking=True),
         "from pinned": lambda: pinned.to("cuda", non_blocking=True),
         "to pinned": lambda: pinned.copy_(x, non_blocking=True),
-        "synchronize": torch.cuda.synchronize,
+        "synchronize": lambda: torch.cuda.synchronize(),
     }
     counts = {}
     for name, do in doing.items():
@@ -224,14 +224,11 @@ def kd_overflow(place: Place):
 
 @case("kd_resumed")
 def kd_resumed(place: Place):
-    """Losses of an unbroken fp16 run, and of one that is stopped after its second step and resumed from its first."""
-    parameters = {"mixed_precision": "fp16", "max_train_steps": 2, "checkpoint_steps": 1}
+    """Losses of an unbroken fp16 run of two steps, and of one that is resumed after its first."""
+    parameters = {"mixed_precision": "fp16", "checkpoint_steps": 1}
     whole = kd_job(place, "whole", **parameters)
     losses = logged(whole, "loss")["loss"]
-    stopped = kd_job(place, "stopped", **parameters)
-    for step in stopped.steps():
-        if step.step == 2:  # the checkpoint is of the first
-            break
+    logged(kd_job(place, "stopped", **parameters, max_train_steps=1))
     resumed = kd_job(place, "stopped", resume=True, **parameters)
     at = resumed.trainer.step
     again = logged(resumed, "loss")["loss"]
@@ -241,7 +238,7 @@ def kd_resumed(place: Place):
 @case("train_command")
 def train_command(place: Place):
     """`train`, as the command does it in one process."""
-    config, folder = kd_config(place), place.folder / "run"
+    config, folder = kd_config(place, gradient_checkpointing=None), place.folder / "run"
     folder.mkdir()
     write_json(folder / "config.json", config.model_dump(mode="json"))
     train(config, folder, place.device, lambda pipeline: {"score": size(pipeline.unet)})
@@ -374,10 +371,10 @@ def scores(place: Place):
     scenes = [sample_scene(i, "test") for i in range(12)]
     renders = [[render(scene, seed + i) for i, scene in enumerate(scenes)] for seed in (0, 100)]
     features, real = (clip.image_network(some) for some in renders)
-    logits = clip.storybook_logits(torch.as_tensor(features))
+    logits = clip.storybook_logits(clip.images(renders[0]))
     return {
         "fid": metrics.fid(features, real),
-        "inception_score": metrics.inception_score(torch.as_tensor(logits).cpu().numpy(), splits=2).value,
+        "inception_score": metrics.inception_score(logits.cpu().numpy()).value,
         "clip_score": metrics.clip_score(clip, renders[0], [scene.caption for scene in scenes]),
     }
 
@@ -488,17 +485,15 @@ def two_precisions(place: Place):
 
 @case("validation_of_nothing")
 def validation_of_nothing(place: Place):
-    """How often EMA weights are swapped in where there is no metric network, and where there is one."""
+    """How often EMA weights are swapped in by a validation without a metric network, and by one with scores."""
     from bksdm_utils.workbook.jobs import prepare_training
 
+    folder = place.folder / "unscored"
+    folder.mkdir()
+    unscored, _ = prepare_training(kd_config(place, num_images=2, num_validation_images=2), folder)
+    unscored.begin(False)
     swaps = {}
-    for name, preset in (("nothing", {}), ("storybook", {"preset": "storybook", "train_data_dir": None})):
-        config = kd_config(place, num_images=2, num_validation_images=2, num_train_scenes=4, num_inference_steps=4)
-        config = KDTraining.filled(**{**config.values(), **preset, "clip": None})
-        folder = place.folder / name
-        folder.mkdir()
-        job, _ = prepare_training(config, folder)
-        job.begin(False)
+    for name, job in (("unscored", unscored), ("scored", kd_job(place))):
         with counting_copies() as copies:
             job.validate()
         swaps[name] = len(copies)
@@ -629,6 +624,5 @@ def second_gpu(place: Place):
     if place.device == "cuda":
         torch.cuda.set_device(1)
     values = kd(place, "no")
-    on_second = torch.cuda.memory_allocated(1) if place.device == "cuda" else 1
-    on_first = torch.cuda.memory_allocated(0) if place.device == "cuda" else 0
-    return values | {"second used": on_second > 0, "first used": on_first > 0}
+    used = [place.device == "cuda" and torch.cuda.max_memory_allocated(number) > 0 for number in (0, 1)]
+    return values | {"used": used}

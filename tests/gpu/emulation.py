@@ -205,7 +205,8 @@ class _Emulation(TorchDispatchMode):
         device = _on_gpu([*args, *kwargs.values()])[0].device
         if function is aten.index_put_.default:
             return args[0]
-        return made.to(device) if isinstance(made, torch.Tensor) else tuple(x.to(device) for x in made)
+        moved = [x.pin_memory().to(device, non_blocking=True) for x in _tensors(made)]  # the one wait is counted
+        return moved[0] if isinstance(made, torch.Tensor) else tuple(moved)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def test_scores_take_what_is_on_the_gpu(both):
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_validation_of_a_training_gives_the_cpus_scores(both):
     """Fault 1, as notebook 03 met it."""
     gpu, cpu = both("validation")
