@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..files import NotAvailable, is_hub_id, resolve
+
+FILES = (None, "fp16", "non_ema")  # variants of weight files, the plain one first
+WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module)\.)+")  # names' prefixes of torch.compile and DDP
+HARMLESS = re.compile(r"(^|\.)(position_ids$|pooler\.)")  # of older files; heads that nobody asks
 
 
 @contextmanager
@@ -32,7 +38,10 @@ def named_errors(what: str, path: str | Path, expected: str = "a save_pretrained
 def load(cls: type, path: str | Path, **kwargs) -> Any:
     """`cls.from_pretrained` of a diffusers or transformers class, without progress bars and hints.
 
-    With `local_files_only=True` nothing is fetched. Raises as `named_errors`.
+    A network is loaded completely or not at all: no tensor stays random, none of the file's is left out. Files that
+    exist in half precision or without averaged weights only are taken. With `local_files_only=True` nothing is fetched.
+
+    Raises as `named_errors`.
     """
     import diffusers
     import transformers
@@ -41,4 +50,74 @@ def load(cls: type, path: str | Path, **kwargs) -> Any:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     with named_errors(cls.__name__, path):
+        if hasattr(cls, "load_state_dict"):
+            return _network(cls, resolve(path), **kwargs)
         return cls.from_pretrained(resolve(path), **kwargs)
+
+
+def _network(cls: type, path: str, **kwargs) -> Any:
+    for variant in FILES:
+        try:
+            named = {"variant": variant} if variant else {}
+            model, info = cls.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True,
+                                              **named, **kwargs)  # fmt: skip
+            break
+        except OSError:  # there is no such file
+            if variant == FILES[-1]:
+                raise
+    faults = [names for key in ("missing_keys", "unexpected_keys") if (names := _that_matter(info[key]))]
+    if not (faults or info["mismatched_keys"]):
+        return model
+    return _with_other_spelling(cls, Path(path), variant, **kwargs)
+
+
+def _that_matter(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not HARMLESS.search(name))
+
+
+def _with_other_spelling(cls: type, path: Path, variant: str | None, subfolder: str = "", **kwargs) -> Any:
+    """The network with the tensors of its file under the names that it gives them itself.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    ours = {name: kwargs.pop(name, None) for name in ("local_files_only", "torch_dtype")}
+    if hasattr(cls, "config_class") and cls.config_class:  # of transformers
+        model = cls(cls.config_class.from_pretrained(path, subfolder=subfolder), **kwargs)
+    else:
+        model = cls.from_config(cls.load_config(path, subfolder=subfolder), **kwargs)
+    wanted = model.state_dict()
+    tensors = {_spelled(name, wanted): tensor for name, tensor in _tensors(path / subfolder, variant).items()}
+    missing, more = _that_matter(wanted.keys() - tensors.keys()), _that_matter(tensors.keys() - wanted.keys())
+    shapes = [f"{name} is {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+              for name, tensor in tensors.items() if name in wanted and tensor.shape != wanted[name].shape]  # fmt: skip
+    texts = {"lacks": missing, "has unknown": more, "other shapes:": shapes}
+    if wrong := [f"{text} {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+                 for text, names in texts.items() if names]:  # fmt: skip
+        raise ValueError(f"the file of its weights is another model's, or damaged: {'; '.join(wrong)}")
+    model.load_state_dict(tensors, strict=False)
+    return model.to(ours["torch_dtype"]).eval()
+
+
+def _spelled(name: str, wanted: Container[str]) -> str:
+    """A tensor's name as the network itself spells it: without a wrapper's prefix, with or without `text_model.`"""
+    bare = WRAPPERS.sub(r"\1", name)
+    for spelling in (bare, f"text_model.{bare}", bare.removeprefix("text_model.")):
+        if spelling in wanted:
+            return spelling
+    return bare
+
+
+def _tensors(folder: Path, variant: str | None) -> dict:
+    """All tensors of a folder's weight files, .safetensors first."""
+    import torch
+    from safetensors.torch import load_file
+
+    middle = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        whole = re.compile(rf"[^.]+?(-\d+-of-\d+)?{middle}(-\d+-of-\d+)?\.{kind}")
+        files = [file for file in sorted(folder.glob(f"*.{kind}")) if whole.fullmatch(file.name)]
+        if files:
+            read = load_file if kind == "safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
+            return {name: tensor for file in files for name, tensor in read(file).items()}
+    raise ValueError(f"{folder} has no weight files of its own: its weights cannot be read under other names")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import diffusers
@@ -19,6 +21,9 @@ SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PARTS = {"StableDiffusionPipeline": SD_PARTS, "StableDiffusionXLPipeline": SDXL_PARTS}
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+                  "rescale_betas_zero_snr")  # fmt: skip
 SCHEDULERS = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}), "dpm++": ("DPMSolverMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}), "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -31,9 +36,15 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     if (path := Path(resolve(teacher))).is_dir():
         with named_errors("the pipeline", teacher):
             _check_parts(path)
-    pipeline = load(DiffusionPipeline, teacher, safety_checker=None, requires_safety_checker=False)
-    if type(pipeline).__name__ not in PARTS:
-        raise ValueError(f"{teacher} is a {type(pipeline).__name__}: expected one of {', '.join(PARTS)}")
+    with named_errors("the pipeline", teacher):
+        index = DiffusionPipeline.load_config(resolve(teacher))
+    if index["_class_name"] not in PARTS:
+        raise ValueError(f"{teacher} is a {index['_class_name']}: expected one of {', '.join(PARTS)}")
+    networks = {part: load(getattr(import_module(index[part][0]), index[part][1]), teacher, subfolder=part,
+                           torch_dtype=torch.float32)
+                for part in PARTS[index["_class_name"]] if part in NETWORKS}  # fmt: skip
+    pipeline = load(DiffusionPipeline, teacher, **networks, safety_checker=None, requires_safety_checker=False)
+    _check_fit(pipeline, teacher)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)  # faster convolutions, on CPU and GPU
     half = torch.bfloat16 if vae_overflows_in_fp16(pipeline) else torch.float16
@@ -48,6 +59,19 @@ def _check_parts(path: Path) -> None:
         raise ValueError(f"{', '.join(missing)} missing")
     if classes.get("unet", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ValueError(f"its U-Net is a {classes['unet']}, not a UNet2DConditionModel")
+
+
+def _check_fit(pipeline: Pipeline, teacher: str | Path) -> None:
+    """Raises ValueError for a U-Net with other inputs than latents, and a noise schedule that is none of ours."""
+    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents:
+        raise ValueError(f"the U-Net of {teacher} takes {channels} channels, its autoencoder makes {latents}: expected "
+                         "as many (inpainting teachers cannot be distilled yet)")  # fmt: skip
+    config = pipeline.scheduler.config
+    if "beta_schedule" not in config or config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise ValueError(f"the scheduler of {teacher} is a {type(pipeline.scheduler).__name__} that predicts "
+                         f"{config.get('prediction_type', 'something else')}: expected a noise schedule of betas that "
+                         "predicts epsilon or v_prediction (no EDM, no flow matching)")  # fmt: skip
 
 
 def find_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline | None:
@@ -88,12 +112,23 @@ def with_unet(pipeline: Pipeline, unet: UNet2DConditionModel) -> Pipeline:
 
 
 def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
-    """The same pipeline with another scheduler of the same noise schedule; None keeps its own."""
+    """The same pipeline with another scheduler of the same noise schedule; None keeps its own.
+
+    Raises:
+        ValueError: that scheduler cannot express the noise schedule.
+    """
     if name is None:
         return pipeline
-    cls, changes = SCHEDULERS[name]
+    kind, changes = SCHEDULERS[name]
+    cls, config = getattr(diffusers, kind), dict(pipeline.scheduler.config)
+    if cls is not type(pipeline.scheduler):  # names of solvers mean something else there
+        config = {key: value for key, value in config.items() if key not in ("algorithm_type", "solver_type")}
     changed = with_unet(pipeline, pipeline.unet)
-    changed.scheduler = getattr(diffusers, cls).from_config(pipeline.scheduler.config, **changes)
+    changed.scheduler = cls.from_config(config, **changes)
+    for key in NOISE_SCHEDULE:
+        if config.get(key) and key not in signature(cls).parameters:
+            raise ValueError(f"scheduler is {name}, which has no {key}: the teacher's is {config[key]}. Use another "
+                             "one, or None for the teacher's own")  # fmt: skip
     return changed
 
 
