@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..config.training import TrainingData
 from ..files import in_threads, resolve
 from . import rendering, scenes
 from .images import open_image
+from .tables import CAPTIONS, choose_column, read_csv
 
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 EXPECTED = ("a folder of images with a metadata.csv of the columns file_name, text; a folder or pattern of .parquet or "
@@ -42,7 +42,7 @@ def load_examples(config: TrainingData) -> tuple[list[Example], Skipped]:
         return storybook_examples(config.num_train_scenes), []
     path = Path(resolve(source))
     could_be_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not path.exists()
-    rows = list(_table_rows(config) if shard_files(source) or could_be_hub else _folder_rows(path))
+    rows = list(_table_rows(config) if shard_files(source) or could_be_hub else _folder_rows(path, config))
     examples = [row for row in rows if isinstance(row, Example)]
     skipped = [row for row in rows if not isinstance(row, Example)]
     if not examples:
@@ -61,37 +61,39 @@ def storybook_examples(num_scenes: int, split: str = "train") -> list[Example]:
     return [example(seed) for seed in range(num_scenes)]
 
 
-def _folder_rows(folder: Path) -> Iterator[Example | tuple[str, str]]:
+def _folder_rows(folder: Path, config: TrainingData) -> Iterator[Example | tuple[str, str]]:
     """The examples of an image-text folder, and (name, reason) for each row that is not usable."""
     path = folder / "metadata.csv"
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or [], list(reader)
+        table = read_csv(path)
     except OSError as error:
         raise ValueError(f"{path} could not be opened ({error.strerror}): expected {EXPECTED}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}. Look for a quote that is not closed.") from error
-    if not {"file_name", "text"} <= set(columns):
-        raise ValueError(f"{path} has the columns {', '.join(columns)}: expected file_name and text")
-    return in_threads(lambda row: _folder_example(folder, row), rows)  # each file is read, for its hash
+    image = choose_column(table.columns, config.image_column, ("file_name",), path, "image_column")
+    caption = choose_column(table.columns, config.caption_column, CAPTIONS, path, "caption_column")
+    yield from table.set_aside
+    # Each file is read, for its hash.
+    yield from in_threads(
+        lambda row: _folder_example(folder, row[image].strip(), row[caption]), dict(table.rows).values()
+    )
 
 
-def _folder_example(folder: Path, row: Mapping[str, str]) -> Example | tuple[str, str]:
-    name = (row["file_name"] or "").strip()
+def _folder_example(folder: Path, name: str, caption: str) -> Example | tuple[str, str]:
     path = folder / name
     try:
-        if not name or not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError("file_name is empty or points outside the folder")
-        captions, key = captions_of(row["text"]), sha256(path.read_bytes()).hexdigest()
+        # By its name alone: a link within the folder may lead anywhere, as in the hub's cache.
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError("the file name is empty or points outside the folder")
+        captions, key = captions_of(caption), sha256(path.read_bytes()).hexdigest()
         return Example(name, captions, lambda: Image.open(path), key)
     except (OSError, ValueError) as error:
         return name or "(no name)", getattr(error, "strerror", None) or str(error)
 
 
 def captions_of(value: object) -> tuple[str, ...]:
-    """The one or several captions in a cell of a table; ValueError where there is none."""
-    texts = [value] if isinstance(value, (str, type(None))) else list(value)
+    """The one or several captions in a cell of a table; ValueError where there is none, or something else."""
+    texts = list(value) if isinstance(value, (list, tuple)) else [value]
+    if wrong := [text for text in texts if not isinstance(text, (str, type(None)))]:
+        raise ValueError(f"the caption is {type(wrong[0]).__name__}, not text")
     captions = tuple(text.strip() for text in texts if text and text.strip())
     if not captions:
         raise ValueError("empty caption")
@@ -119,10 +121,9 @@ def open_table(config: TrainingData, streaming: bool):
         table = datasets.load_dataset(kind, data_files=files or None, split="train", streaming=streaming)
     except Exception as error:  # no such data set, no network, a broken shard: each has a class of its own
         raise ValueError(f"{source} could not be opened ({error}): expected {EXPECTED}") from error
-    image, caption = config.image_column or "image", config.caption_column or "text"
-    if missing := {image, caption} - set(table.column_names or (image, caption)):
-        raise ValueError(f"{source} has the columns {', '.join(table.column_names)}: it lacks "
-                         f"{', '.join(sorted(missing))}; name others by image_column and caption_column")  # fmt: skip
+    columns = table.column_names or (config.image_column or "image", config.caption_column or "text")
+    image = choose_column(columns, config.image_column, ("image",), source, "image_column")
+    caption = choose_column(columns, config.caption_column, CAPTIONS, source, "caption_column")
     renamed = {old: new for old, new in ((image, "image"), (caption, "text")) if old != new}
     # Cast first: renaming a stream decodes it, and one broken image would end it.
     table = table.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))

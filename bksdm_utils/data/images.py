@@ -14,15 +14,33 @@ def open_image(cell: dict) -> Image.Image:
     return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
 
-def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """Any image to (3, resolution, resolution) in -1 … 1: upright, RGB on white, shorter side scaled, centre crop."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image upright, in RGB with eight bits, on white where it is transparent.
+
+    Raises:
+        ValueError: brightness beyond sixteen bits, of which nobody knows what is white.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip sixteen bits to eight, mostly to white
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip them to eight bits
+        image = Image.fromarray(_eight_bits(np.asarray(image), sixteen=image.mode.startswith("I;16")))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, sixteen: bool) -> np.ndarray:
+    most = float(values.max(initial=0))
+    if not np.isfinite(values).all() or values.min(initial=0) < 0 or most > 65_535:
+        raise ValueError(f"brightness from {values.min()} to {values.max()}: expected 0 to 1, 255 or 65,535")
+    if sixteen or most > 255:
+        return (values // 256).astype(np.uint8)
+    return (values * 255 if most <= 1 and values.dtype.kind == "f" else values).round().astype(np.uint8)
+
+
+def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """Any image, as `to_rgb`, to (3, resolution, resolution) in -1 … 1: shorter side scaled, centre crop."""
+    image = to_rgb(image)
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

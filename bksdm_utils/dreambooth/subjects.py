@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..data.examples import Skipped
+from ..data.images import to_rgb
 from ..data.rendering import SUBJECTS, render_subject
 from ..data.scenes import COLOURS, PLACES, SIZES
 from ..evaluation.prompts import Prompt
@@ -102,7 +103,7 @@ def _open_images(folder: Path) -> tuple[tuple[Image.Image, ...], Skipped]:
     images, skipped = [], []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
-            images.append(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+            images.append(to_rgb(Image.open(path)))
         except Exception as error:  # Pillow raises many kinds for a broken file
             skipped.append((path.name, f"unreadable image: {error}"))
     if not images:

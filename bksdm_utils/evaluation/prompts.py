@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 
 from ..data.downloads import DOWNLOADS
 from ..data.scenes import SPLITS, Scene, sample_scene
+from ..data.tables import CAPTIONS, choose_column, read_csv
 from ..files import ROOT, NotAvailable, resolve
 
-TEXT_COLUMNS, ID_COLUMNS = ("text", "prompt", "caption"), ("id", "file_name")
+ID_COLUMNS = ("id", "file_name")
 IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
 ID = re.compile(r"[\w+=-][\w.+=-]*")
 ID_BYTES = 150  # file systems allow 255
@@ -45,7 +45,7 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
     """Prompts from a CSV file: text from the column text, prompt or caption, ids from id or file_name, or row numbers.
 
     COCO's metadata.csv is such a file: COCO_val2014_000000000042.jpg gives the id COCO_val2014_000000000042.
-    Rows without a text are set aside, and their number is printed.
+    Rows that cannot be read or have no text are set aside, and their number is printed.
 
     Args:
         num_images: reads until so many rows have a text; None reads all.
@@ -55,24 +55,20 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
         ValueError: no such file, no such columns, no prompts, or ids that cannot name files.
     """
     path = find_data(path, "a CSV file with a column text. COCO's: python -m bksdm_utils download coco_captions")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or ()
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    text, name = (next((c for c in names if c in columns), None) for names in (TEXT_COLUMNS, ID_COLUMNS))
-    if text is None:
-        raise ValueError(f"{path} has the columns {', '.join(columns)}: expected one of {', '.join(TEXT_COLUMNS)}")
-    prompts, without = [], []
-    for i, row in enumerate(rows):
+    table = read_csv(path)
+    text = choose_column(table.columns, None, CAPTIONS, path)
+    name = next((c for c in ID_COLUMNS if c in table.columns), None)
+    prompts, set_aside = [], list(table.set_aside)
+    for i, (line, row) in enumerate(table.rows):
         if len(prompts) == num_images:
             break
-        id = (row[name] or "").strip() if name else str(i)
-        prompt = Prompt(IMAGE_FILE.sub("", id) if name == "file_name" else id, (row[text] or "").strip())
-        prompts.append(prompt) if prompt.text else without.append(i + 1)
-    if without:
-        print(f"{path.name}: {len(without)} rows without a text set aside, such as row {without[0]}")
+        id = row[name].strip() if name else str(i)
+        prompt = Prompt(IMAGE_FILE.sub("", id) if name == "file_name" else id, row[text].strip())
+        prompts.append(prompt) if prompt.text else set_aside.append((f"line {line}", "no text"))
+    if set_aside and not prompts:
+        raise ValueError(f"{path}: no prompts. {': '.join(set_aside[0])}")
+    if set_aside:
+        print(f"{path.name}: {len(set_aside)} rows set aside, such as {set_aside[0][0]}: {set_aside[0][1]}")
     check_prompts(prompts, str(path))
     return prompts
 

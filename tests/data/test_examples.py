@@ -73,10 +73,11 @@ def test_an_examples_key_follows_its_content(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "metadata.csv could not be opened.*expected a folder"), ("", "expected file_name and text"),
-     ("name,caption\na.jpg,x\n", "expected file_name and text"), ("file_name,text\n", "none of 0 rows is usable"),
+    [(None, "metadata.csv could not be opened.*expected a folder"), ("", "has no header: .*file_name,text"),
+     ("name,caption\na.jpg,x\n", "expected file_name, or another that image_column names"),
+     ("file_name,text\n", "none of 0 rows is usable"),
      ("file_name,text\ngone.jpg,x\n", "none of 1 rows is usable.*gone.jpg"),
-     ('file_name,text\n"' + "x" * 140_000, "metadata.csv, line 1.*quote")],
+     ('file_name,text\n"' + "x" * 140_000, "line 2.*a quote that is not closed")],
 )  # fmt: skip
 def test_a_folder_without_usable_rows_is_an_error(tmp_path, content, message):
     if content is not None:
@@ -116,7 +117,9 @@ def test_rows_of_a_table_without_captions_are_set_aside(tmp_path):
 def test_missing_columns_and_data_sets_are_named(tmp_path):
     config = TrainingData(train_data_dir=str(write_shards(tmp_path / "shards", "parquet")), caption_column="caption")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="has the columns image, text, width: it lacks caption; name .*_column"):
+        with pytest.raises(
+            ValueError, match="has the columns image, text, width: expected caption, or another that cap"
+        ):
             open_table(config, streaming)
     with pytest.raises(ValueError, match="nobody/nothing could not be opened.*needs a network"):
         load_examples(TrainingData(train_data_dir="nobody/nothing"))

@@ -48,9 +48,9 @@ def test_only_file_names_lose_their_suffix(file):
 def test_rows_without_a_text_are_set_aside_and_counted(file, capsys):
     file.write_text("id,text\na,one\nb,\nc,  \nd,four\n,\n")
     assert [prompt.id for prompt in read_prompts(file, 2)] == ["a", "d"]
-    assert "prompts.csv: 2 rows without a text set aside, such as row 2" in capsys.readouterr().out
+    assert "prompts.csv: 2 rows set aside, such as line 3: no text" in capsys.readouterr().out
     read_prompts(file)
-    assert "3 rows without a text set aside" in capsys.readouterr().out
+    assert "3 rows set aside" in capsys.readouterr().out
 
 
 def test_rows_after_the_last_one_needed_are_not_checked(file, capsys):
@@ -60,7 +60,7 @@ def test_rows_after_the_last_one_needed_are_not_checked(file, capsys):
 
 @pytest.mark.parametrize(
     ("content", "fault"),
-    [("", "has the columns"), ("text\n", "no prompts"), ("a,b\n1,2\n", "expected one of text"),
+    [("", "has no header"), ("text\n", "no prompts"), ("a,b\n1,2\n", "expected text or prompt or caption"),
      ("text,id\n,a\n", "no prompts"), ("text,id\nx,a\ny,a\n", "an id twice"), ("text,id\nx,a/\n", "cannot name a file"),
      ("text,file_name\nx,a/\n", "cannot name"), ("text,id\nx,a\ny,\n", "cannot name a file"),
      ("text,file_name\nx,.jpg\n", "cannot name a file"), ("text,id\nx,../../etc\n", "cannot name a file")],
