@@ -118,7 +118,7 @@ def test_a_process_may_use_the_second_gpu(both):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_dreambooth_equals_the_cpus(both, method):
     gpu, cpu = both(f"dreambooth_{method}")
-    assert gpu["loss"][0] == cpu["loss"][0] and gpu["loss"] == pytest.approx(cpu["loss"], rel=FP32)
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=FP32)
     assert np.abs(np.subtract(gpu["image"], cpu["image"])).max() <= 1 and gpu["bytes"] == cpu["bytes"]
 
 
