@@ -19,8 +19,20 @@ COLOURS = {
 SIZES = {"big": 0.25, "small": 0.16}  # half extent as a fraction of the image's side
 PLACES = ("by day", "at night", "at sunset", "on a meadow", "on the sea", "in the snow")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 ATTRIBUTES = ("size", "colour", "object", "place")
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class World:
+    """Settings of a storybook world: the side of its images in pixels, the probability of a second thing."""
+
+    size: int = SIZE
+    pair_share: float = 0.4
+
+
+WORLD = World()  # the committed teacher's
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,11 @@ class Scene:
     def caption(self) -> str:
         return f"{f' {self.relation} '.join(map(str, self.things))} {self.place}"
 
+    @property
+    def layout(self) -> dict[str | None, Thing]:
+        """The things by where they stand: the only one under None, two under a relation and its opposite."""
+        return dict(zip((self.relation, OPPOSITE.get(self.relation)), self.things, strict=False))
+
     def alternatives(self, attribute: str) -> list[Scene]:
         """This scene with each value of `attribute` (of its first thing, or "place", "relation"), itself included."""
         if attribute == "place":
@@ -63,7 +80,7 @@ random.Random(2305).shuffle(_ALL)
 COMBINATIONS = {"test": _ALL[:48], "validation": _ALL[48:72], "train": _ALL[72:]}  # (object, colour, place)
 
 
-def sample_scene(seed: int, split: str = "train", pair_share: float = 0.4) -> Scene:
+def sample_scene(seed: int, split: str = "train", pair_share: float = WORLD.pair_share) -> Scene:
     """A scene whose (object, colour, place) combinations all belong to `split`, the same for the same arguments.
 
     Args:

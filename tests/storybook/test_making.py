@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,15 @@ from diffusers import DDPMScheduler
 from bksdm_utils.data.scenes import sample_scene
 from bksdm_utils.models.pipelines import load_pipeline
 from bksdm_utils.storybook import making
-from bksdm_utils.storybook.making import CONFIGS, STAGES
 from bksdm_utils.storybook.networks import SCHEDULE, clip_loss, hard_negatives, new_tokenizer, unet_loss
+from bksdm_utils.storybook.recipes import RECIPES
 
 
 def test_hard_negatives_are_false_and_near():
     rng = random.Random(0)
     for scene in map(sample_scene, range(100)):
         words = scene.caption.split()
-        for negative in hard_negatives(scene, rng):
+        for negative in hard_negatives(scene, rng, layouts=2):
             other = negative.caption.split()
             assert other != words
             swapped = sorted(other) == sorted(words)
@@ -40,17 +41,19 @@ def test_the_tokenizer_writes_any_text():
 
 
 @pytest.mark.slow
-def test_making_runs_every_stage_and_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", RECIPES)
+def test_making_runs_every_stage_and_resumes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "score", lambda *_, **__: None)
-    monkeypatch.setattr(making, "CONFIGS", {stage: config.but(batch_size=2) for stage, config in CONFIGS.items()})
-    made = tmp_path / "made"
-    for stage in STAGES:
+    recipe, made, kept = RECIPES[name], tmp_path / "made", tmp_path / "kept"
+    small = {stage: config.but(batch_size=2) for stage, config in recipe.configs.items()}
+    for stage in small:
         for steps in (20, 40):
-            making.make([stage], made, tmp_path / "kept", steps, num_scenes=16)
+            making.make([stage], made, kept, steps, num_scenes=16, recipe=replace(recipe, configs=small))
         assert (made / stage / "log.csv").read_text().count("\n") == 3
-    making.make(["export"], made, tmp_path / "kept")
-    pipeline = load_pipeline(tmp_path / "kept" / "teacher")
-    assert pipeline("a cat", num_inference_steps=4).images[0].size == (64, 64)
+    making.make(["export"], made, kept, recipe=recipe)
+    pipeline = load_pipeline(kept / "teacher")
+    assert pipeline("a cat", num_inference_steps=4).images[0].size == (recipe.world.size, recipe.world.size)
+    assert list(pipeline.unet.config.block_out_channels) == list(recipe.channels)
     index = json.loads((tmp_path / "kept" / "teacher" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
 
