@@ -84,7 +84,7 @@ def train_unet(
     """
     text = "text" if "text" in recipe.configs else "clip"
     vae = AutoencoderKL.from_pretrained(output_dir / "vae").to(device).eval()
-    world = replace(recipe.world, size=size or recipe.world.size)
+    world = World(size or recipe.world.size, recipe.unet_pair_share or recipe.world.pair_share)
     latents = encode_images(vae, rendered_images(range(num_scenes), world=world)) * vae.config.scaling_factor
     captions = [*(scene.caption for scene in scenes(num_scenes, world=world)), ""]
     hidden_states = encode_captions(output_dir / text, output_dir / text, captions, device)

@@ -60,7 +60,7 @@ def test_the_text_tower_is_given_a_gradient_from_each_of_the_three_tokens(tokeni
 
 
 def test_a_trained_text_tower_stays_as_it_is(tokenizer, tmp_path):
-    recipe = RECIPES["three_stages"]
+    recipe = RECIPES["three_stages_96"]
     new_clip(tokenizer, recipe.world.size).save_pretrained(tmp_path / "text")
     tokenizer.save_pretrained(tmp_path / "text")
     model, _ = clip._initial(tmp_path, [PAIR], recipe)
@@ -88,5 +88,5 @@ def test_a_unet_fitted_to_another_text_encoder_predicts_the_same():
         torch.testing.assert_close(unet(latents, timesteps, new[:2]).sample, before, atol=1e-4, rtol=1e-4)
 
 
-def test_the_world_of_three_stages_is_the_same_scenes_in_more_pixels():
-    assert RECIPES["three_stages"].world == World(size=96, pair_share=0.5)
+def test_images_of_96_pixels_are_a_setting():
+    assert RECIPES["three_stages_96"].world == World(size=96, pair_share=0.5)
