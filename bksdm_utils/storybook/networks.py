@@ -106,8 +106,15 @@ class LayoutHead(torch.nn.Module):
         self.head = torch.nn.Linear(clip.config.text_config.hidden_size, sum(LAYOUT_CLASSES))
 
     def loss(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of the head, from (N, 96), against `layout_classes`, (N, 16); -100 is ignored."""
-        parts = zip(self.head(states).split(LAYOUT_CLASSES, dim=1), classes.unbind(1), strict=True)
+        """Mean cross entropy against `layout_classes`, (N, 16), -100 being ignored.
+
+        Args:
+            states: (N, 96), or (N, 16, 96) with a state of its own for each class.
+        """
+        logits = self.head(states).split(LAYOUT_CLASSES, dim=-1)
+        if states.dim() == 3:
+            logits = [part[:, i] for i, part in enumerate(logits)]
+        parts = zip(logits, classes.unbind(1), strict=True)
         return torch.stack([F.cross_entropy(*part, reduction="sum") for part in parts]).mean() / len(states)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -221,11 +228,32 @@ def clip_loss(
 def layout_clip_loss(
     model: LayoutHead, images: torch.Tensor, token_ids: torch.Tensor, meaning: torch.Tensor, classes: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """`clip_loss`, and the layouts that the vision tower's state tells; classes: (B, 16)."""
-    output = model.clip(input_ids=token_ids, pixel_values=images)
-    losses, states = _contrast(output, meaning), output.vision_model_output.last_hidden_state[:, 0]
-    losses["layout"] = model.loss(model.clip.vision_model.post_layernorm(states), classes)
-    return {**losses, "loss": losses["loss"] + losses["layout"]}
+    """`clip_loss`, and the layout told by the vision tower's first token and, a layer earlier, by its patches.
+
+    The patches bind a thing's attributes to each other before the last layer gathers them: as `layout_tokens` in texts.
+
+    Args:
+        classes: (B, 16), `layout_classes` of the images.
+    """
+    output = model.clip(input_ids=token_ids, pixel_values=images, output_hidden_states=True)
+    losses, vision = _contrast(output, meaning), output.vision_model_output
+    whole, parts = map(model.clip.vision_model.post_layernorm, (vision.last_hidden_state, vision.hidden_states[-2]))
+    losses |= {"layout": model.loss(whole[:, 0], classes), "patches": model.loss(side_states(parts), classes)}
+    return {**losses, "loss": losses["loss"] + losses["layout"] + losses["patches"]}
+
+
+def side_states(states: torch.Tensor) -> torch.Tensor:
+    """For each of `layout_classes` the mean state of the 4 x 4 patches around its side, for the place the first token.
+
+    Args:
+        states: (B, 65, 96), the first token and 8 x 8 patches.
+
+    Returns:
+        (B, 16, 96).
+    """
+    patches, steps = states[:, 1:].unflatten(1, (8, 8)), [RELATIONS.get(side, (0, 0)) for side in SIDES]
+    sides = [patches[:, 2 + 2 * dy : 6 + 2 * dy, 2 + 2 * dx : 6 + 2 * dx].mean((1, 2)) for dx, dy in steps]
+    return torch.stack([*(side for side in sides for _ in ATTRIBUTE_VALUES), states[:, 0]], dim=1)
 
 
 def _contrast(output: CLIPOutput, meaning: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,12 +8,14 @@ from bksdm_utils.data.scenes import OPPOSITE, RELATIONS, Scene, Thing, World, sa
 from bksdm_utils.storybook import clip
 from bksdm_utils.storybook.networks import (
     LAYOUT_CLASSES,
+    SIDES,
     LayoutHead,
     layout_classes,
     layout_tokens,
     new_clip,
     new_tokenizer,
     new_unet,
+    side_states,
     text_layout_loss,
     translate_text,
 )
@@ -57,6 +59,16 @@ def test_the_text_tower_is_given_a_gradient_from_each_of_the_three_tokens(tokeni
     total = losses["first"] + losses["second"] + losses["end"]
     assert losses["loss"].item() == pytest.approx(total.item())
     assert model.clip.text_model.embeddings.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_each_class_is_told_by_the_patches_of_its_own_side():
+    states = torch.zeros(1, 65, 96)
+    states[0, 0], patches = 9, states[0, 1:].view(8, 8, 96)
+    patches[:, :4] = 1
+    told = side_states(states)[0, :, 0].tolist()
+    left, right = list(SIDES).index("left of"), list(SIDES).index("right of")
+    assert len(told) == len(LAYOUT_CLASSES)
+    assert (told[3 * left], told[3 * right], told[0], told[-1]) == (1, 0, 0.5, 9)
 
 
 def test_a_trained_text_tower_stays_as_it_is(tokenizer, tmp_path):
