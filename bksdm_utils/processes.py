@@ -41,8 +41,12 @@ def launch(folder: Path, num_processes: int, command: str = "train", config: Map
         write_json(folder / "config.json", config)
         (folder / FINISHED).unlink(missing_ok=True)
     several = ["--multi_gpu"] if num_processes > 1 else []
-    line = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(num_processes),
-            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    own = folder / "accelerate.json"  # or this user's default_config.yaml would decide: DeepSpeed, FSDP, GPU ids
+    write_json(own, {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU" if several else "NO",
+                     "use_cpu": False, "debug": False})  # fmt: skip
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(own), *several,
+            "--num_processes", str(num_processes), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", "0",
             "-m", "bksdm_utils", command, "--config", str(folder.resolve() / "config.json")]  # fmt: skip
     threads = str(max(1, (os.cpu_count() or 1) // num_processes))  # threads that outnumber cores only spin
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "OMP_NUM_THREADS": threads, **os.environ,

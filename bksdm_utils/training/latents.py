@@ -21,6 +21,7 @@ from ..config.training import TrainingData
 from ..data.examples import Example, Skipped, load_examples
 from ..data.images import to_pixels
 from ..files import ROOT, check_disk, in_threads
+from ..models.devices import memory_advice
 from .encoding import encoding_batch, posterior, token_ids, tokenizers
 from .rng import BatchRng
 from .step import shared_work
@@ -111,7 +112,9 @@ def load_latents(config: TrainingData, pipeline: DiffusionPipeline) -> LatentDat
     for number in shared_work(len(shards), pipeline.device):
         chosen = range(number * SHARD_SIZE, min(len(examples), (number + 1) * SHARD_SIZE))
         if not _readable(shards[number]):
-            _write_shard(shards[number], encode(examples, chosen, config, pipeline), f"{number + 1}/{len(shards)}")
+            with memory_advice("encoding the training images", "a lower resolution", "nothing else on this GPU"):
+                encoded = encode(examples, chosen, config, pipeline)
+            _write_shard(shards[number], encoded, f"{number + 1}/{len(shards)}")
     for part in folder.glob("*.part*") if missing else ():
         if time.time() - part.stat().st_mtime > 3600:  # of builds that were killed, not of one beside this
             part.unlink(missing_ok=True)

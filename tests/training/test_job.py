@@ -180,7 +180,12 @@ def test_processes_outlive_their_starter_and_give_what_one_gives(narrow, tmp_pat
     rows, weights = trained(tmp_path / "one", **narrow)
     folder = tmp_path / "two"
     write_config(folder, **narrow)
-    subprocess.run([sys.executable, "-c", LAUNCH, folder], check=True)
+    (tmp_path / "accelerate").mkdir()  # where this user's own launcher settings are, which must not count
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", LAUNCH, folder], check=True, env=environment)
     wait_for(lambda: read_log(folder / "log.csv"))
     assert running(folder)
     launch(folder, 2)
