@@ -117,9 +117,7 @@ def test_rows_of_a_table_without_captions_are_set_aside(tmp_path):
 def test_missing_columns_and_data_sets_are_named(tmp_path):
     config = TrainingData(train_data_dir=str(write_shards(tmp_path / "shards", "parquet")), caption_column="caption")
     for streaming in (False, True):
-        with pytest.raises(
-            ValueError, match="the columns image, text, width: expected caption, or another that"
-        ):
+        with pytest.raises(ValueError, match="the columns image, text, width: expected caption, or another that"):
             open_table(config, streaming)
     with pytest.raises(ValueError, match="nobody/nothing could not be opened.*needs a network"):
         load_examples(TrainingData(train_data_dir="nobody/nothing"))
