@@ -35,7 +35,7 @@ NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "pro
               "images_dir", "dataset_dir", "resume", "checkpoint_steps", "checkpoints_kept", "keep_models", "trackers",
               "validation_steps", "num_validation_images", "ablation", "ablation_steps", "ablation_seeds",
               "drift_steps", "find_batch_size", "ema_device", "gradient_checkpointing", "channels_last",
-              "compiled"}  # fmt: skip
+              "compiled", "tf32", "low_precision_norms"}  # fmt: skip
 FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
            **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}"),

@@ -61,10 +61,7 @@ def test_bf16_is_taken_where_the_gpu_has_it(on_gpu, capability, bf16):
     assert on_gpu(f"precision_{capability}") == {"no": "no", "bf16": bf16, "fp16": "fp16"}
 
 
-UNSAID = pytest.mark.xfail(strict=False, reason="training/latents.py: no memory_advice around `encode`")
-
-
-@pytest.mark.parametrize("doing", ["training", "sampling", pytest.param("encoding", marks=UNSAID)])
+@pytest.mark.parametrize("doing", ["training", "sampling", "encoding"])
 def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu, doing):
     error = on_gpu(f"{doing}_beyond_the_memory", error=True)
     assert error.startswith("RuntimeError: out of GPU memory while") and "were needed" in error, error
