@@ -41,7 +41,7 @@ def build_student(
         copy: copy the teacher's weights (section 3.1); otherwise they are random, from `seed`.
     """
     config = student_config(teacher_unet.config, plan)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = UNet2DConditionModel.from_config(config)
     student = student.to(teacher_unet.device, memory_format=torch.channels_last)

