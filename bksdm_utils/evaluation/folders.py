@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +70,8 @@ def sample_folder(
         seeds = [image_seed(sampling.seed, prompt.id) for prompt in share]
         for images in sample_batches(pipeline, [prompt.text for prompt in share], seeds, sampling):
             newest = tuple(zip(share[done : done + len(images)], images, strict=True))
-            # In threads: a PNG takes as long as a GPU takes for the whole image.
-            deque(in_threads(lambda pair: write_image(folder, pair[0].id, pair[1], sampling.image_format), newest), 0)
+            for prompt, image in newest:
+                write_image(folder, prompt.id, image, sampling.image_format)
             done += len(images)
             yield Progress(min(total, before + done * state.num_processes), total, newest)
         state.wait_for_everyone()  # one lock for all
