@@ -122,6 +122,7 @@ _add_job(
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=200.0, show_default=True,
               help="What the GPU computes, in 10^12 operations a second.")  # fmt: skip
 def memory(pairs, files, tflops: float) -> None:
+    """Prints the planner's report; `help` above is what users read."""
     from ..costs.planner import report
 
     click.echo(report(fill(KDTraining, _values(pairs, files)), tflops))
@@ -145,6 +146,7 @@ def download(ctx: click.Context, names: tuple[str, ...]) -> None:
 @parameter_option
 @file_option
 def demo(pairs, files) -> None:
+    """Serves the page; `help` above is what users read."""
     from ..deploy.demo import serve
 
     settings = Demo(**_values(pairs, files))
