@@ -239,7 +239,7 @@ def test_a_stream_of_nothing_usable_says_so(tmp_path, pipeline):
 
 def test_missing_columns_and_data_sets_are_named(tmp_path, pipeline):
     path = write_shards(tmp_path / "shards", "parquet", count=3)
-    with pytest.raises(ValueError, match="has the columns image, text: it lacks caption; name others by"):
+    with pytest.raises(ValueError, match="has the columns image, text: expected caption, or another that"):
         StreamedDataset(config(path, streaming=True, caption_column="caption"), pipeline)
     with pytest.raises(ValueError, match="nobody/nothing could not be opened.*needs a network"):
         load_latents(config("nobody/nothing", cache_dir=tmp_path), pipeline)
