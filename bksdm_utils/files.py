@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parent.parent
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)")
 
 
 class NotAvailable(ValueError):
@@ -26,15 +27,27 @@ class NotAvailable(ValueError):
 
 def resolve(path: str | Path) -> str:
     """A path, also when given relative to the repository's root; what does not exist is taken for a hub id."""
-    for candidate in (Path(path), ROOT / path):
-        if candidate.exists():
-            return str(candidate)
-    return str(path)
+    return next((str(place) for place in places(path) if os.path.exists(place)), str(path))
+
+
+def places(path: str | Path) -> list[Path]:
+    """Where `resolve` looks for a path: from the working directory and, if it is relative, from the repository."""
+    path = Path(path).expanduser()
+    return list(dict.fromkeys([path, ROOT / path]))
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether a text looks like name/model of the Hugging Face hub, and is no existing path."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))) and not Path(resolve(path)).exists()
+    """Whether a text is name/model of the Hugging Face hub: no existing path, nor one in an existing folder."""
+    if not HUB_ID.fullmatch(str(path)) or os.path.exists(resolve(path)):
+        return False
+    return not any(place.parent.is_dir() for place in places(path))
+
+
+def looked_in(path: str | Path) -> str:
+    """For errors: where a path was looked for, and the last folder on the way that exists."""
+    absolute = dict.fromkeys(str(place.absolute()) for place in places(path))
+    found = next(parent for parent in Path(path).expanduser().absolute().parents if os.path.exists(parent))
+    return f"looked for {' and '.join(absolute)}; {found} exists"
 
 
 def is_main_process() -> bool:
@@ -89,7 +102,7 @@ class CsvLog:
             self._write(self.path, "a", [row])
 
     def _write(self, path: Path, mode: str, rows: list[dict]) -> None:
-        with path.open(mode, newline="") as file:
+        with path.open(mode, newline="", encoding="utf-8") as file:
             if rows:
                 writer = csv.DictWriter(file, rows[0])
                 if file.tell() == 0:
@@ -101,7 +114,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The whole rows of a log, also of one that is being written; none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         whole = [row for row in csv.DictReader(file) if all(row.values())]  # a kill may cut the last one short
     return [{name: float(value) for name, value in row.items()} for row in whole]
 

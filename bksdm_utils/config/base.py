@@ -12,16 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Optional, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 BOUNDS = {Ge: ("ge", "{} or more"), Gt: ("gt", "more than {}"), Le: ("le", "{} or less"), Lt: ("lt", "less than {}"),
-          MultipleOf: ("multiple_of", "a multiple of {}")}  # fmt: skip
+          MultipleOf: ("multiple_of", "a multiple of {}"), MinLen: ("min_length", "{} or more letters")}  # fmt: skip
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or hub id; ~ is the home folder
+PathText = Annotated[
+    str, Field(min_length=1), AfterValidator(os.path.expanduser)
+]  # a path or hub id; ~ is the home folder
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Field(ge=1)]
 Processes = Positive | None

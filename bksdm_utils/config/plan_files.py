@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..core.plans import RemovalPlan, check_variant, resolve_plan
-from ..files import resolve
+from ..files import looked_in, resolve
 
 
 def find_plan(variant: str | RemovalPlan, teacher_config: Mapping) -> RemovalPlan:
@@ -40,6 +41,6 @@ def read_plan(text: str) -> RemovalPlan:
 
 def _read(path: str) -> RemovalPlan:
     file = Path(resolve(path))
-    if not file.is_file():
-        raise ValueError(f"{path} is missing: write a plan there with RemovalPlan.to_json()")
+    if not os.path.isfile(file):
+        raise ValueError(f"{path} is missing: write a plan there with RemovalPlan.to_json() ({looked_in(path)})")
     return read_plan(file.read_text(encoding="utf-8"))

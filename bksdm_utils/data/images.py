@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2",
+                  ".ppm", ".pgm", ".tga"}  # fmt: skip
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and below it, sorted; links are followed, hidden ones and a folder met before left out."""
+    files, met = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))] if real not in met else []
+        files += [Path(place, name) for name in names if not name.startswith(".")] if real not in met else []
+        met.add(real)
+    return sorted(files)
 
 
 def open_image(cell: dict) -> Image.Image:

@@ -1,33 +1,39 @@
-"""CSV files as people have them: every line is read, mended where that is unambiguous, or set aside by its number."""
+"""Tables as people have them: every line is read, mended where that is unambiguous, or set aside by its number."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import resolve
 
-CAPTIONS = ("text", "prompt", "caption")  # columns that may hold a caption, where none is named
+CAPTIONS = ("text", "prompt", "caption", "txt")  # columns that may hold a caption, where none is named
 FIELD_BYTES = 131_072  # the longest field that csv reads
 
 
 @dataclass(frozen=True)
-class CsvTable:
-    """A CSV file.
+class Table:
+    """A table from a file.
 
     Attributes:
-        rows: (number of its line, column -> text) of every row that could be read.
+        rows: (number of its line, column -> value) of every row that could be read; values of CSV files are texts.
         set_aside: ("line 7", reason) of the others.
     """
 
     columns: tuple[str, ...]
-    rows: list[tuple[int, dict[str, str]]]
+    rows: list[tuple[int, dict[str, object]]]
     set_aside: list[tuple[str, str]]
 
 
-def read_csv(path: str | Path) -> CsvTable:
+def read_table(path: str | Path) -> Table:
+    """Reads a file of one of `TABLES`; raises ValueError where it is damaged or something else."""
+    return TABLES[Path(path).suffix](path)
+
+
+def read_csv(path: str | Path) -> Table:
     """Reads a UTF-8 file with a header, separated by commas, or by the semicolons or tabs that the header has.
 
     A quote that is not closed costs its own line, not the rest. In a file of two columns the second may hold commas
@@ -49,7 +55,7 @@ def read_csv(path: str | Path) -> CsvTable:
     for number, text in _records(lines, delimiter, len(columns)):
         row = _row(text, delimiter, columns)
         rows.append((number, row)) if isinstance(row, dict) else set_aside.append((f"line {number}", row))
-    return CsvTable(columns, rows, set_aside)
+    return Table(columns, rows, set_aside)
 
 
 def _fields(text: str, delimiter: str) -> list[str] | None:
@@ -100,6 +106,42 @@ def _row(text: str, delimiter: str, columns: Sequence[str]) -> dict[str, str] | 
     if len(fields) > len(columns):
         return f"{len(fields)} fields, the header has {len(columns)}: put texts with a {delimiter!r} in quotes"
     return dict(zip(columns, fields + [""] * (len(columns) - len(fields)), strict=True))
+
+
+def read_jsonl(path: str | Path) -> Table:
+    """Reads a file with one JSON object in every line; raises ValueError where no line is one."""
+    lines = enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1)
+    parsed = [(number, _json_row(line)) for number, line in lines if line.strip()]
+    rows = [(number, row) for number, row in parsed if isinstance(row, dict)]
+    set_aside = [(f"line {number}", row) for number, row in parsed if isinstance(row, str)]
+    if not rows:
+        raise ValueError(f'{path} has no line such as {{"file_name": "0.png", "text": "a cat"}} {set_aside[:1]}')
+    columns = tuple(dict.fromkeys(name for _, row in rows for name in row))
+    return Table(columns, [(number, dict.fromkeys(columns) | row) for number, row in rows], set_aside)
+
+
+def _json_row(line: bytes) -> dict[str, object] | str:
+    """A line's object, or why it is none."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        return f"not JSON in UTF-8: {error}"
+    return value if isinstance(value, dict) else f"a {type(value).__name__} instead of an object"
+
+
+def read_parquet(path: str | Path) -> Table:
+    """Reads a Parquet file; raises ValueError where it is none."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} could not be read ({error}): expected a Parquet file") from error
+    return Table(tuple(table.column_names), list(enumerate(table.to_pylist(), 1)), [])
+
+
+TABLES = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def choose_column(

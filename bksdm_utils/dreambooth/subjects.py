@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from ..data.images import to_rgb
 from ..data.rendering import SUBJECTS, render_subject
 from ..data.scenes import COLOURS, PLACES, SIZES
 from ..evaluation.prompts import Prompt
-from ..files import NotAvailable, resolve
+from ..files import NotAvailable, looked_in, resolve
 from ..models.pipelines import Pipeline
 
 DATASET = "data/dreambooth/dataset"
@@ -75,12 +76,13 @@ def load_subject(
     if subject in SUBJECTS:
         return _storybook_subject(subject)
     folder = Path(resolve(subject))
-    folder = folder if folder.is_dir() else Path(resolve(dataset_dir)) / subject
+    folder = folder if os.path.isdir(folder) else Path(resolve(dataset_dir)) / subject
     classes = _dreambooth_classes(folder.parent)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         kind = NotAvailable if re.fullmatch(r"\w+", subject) and not classes else ValueError
         raise kind(f"no subject {subject!r}: expected {', '.join(SUBJECTS)}, a folder of images, or one of "
-                   f"google/dreambooth's in {dataset_dir} (python -m bksdm_utils download dreambooth)")  # fmt: skip
+                   f"google/dreambooth's in {dataset_dir} (python -m bksdm_utils download dreambooth). It was "
+            f"{looked_in(subject)}")  # fmt: skip
     if not (class_word := class_word or classes.get(folder.name)):
         raise ValueError(f"class_word is None: expected what {folder} shows, such as dog")
     images, skipped = _open_images(folder)

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from ..data.examples import Skipped, storybook_examples
+from ..data.images import IMAGE_SUFFIXES, files_below
 from ..files import in_threads
 from .networks import Network
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 Openers = Mapping[str, Callable[[], object]]  # hash of an image, or a text -> what opens or gives it
 
 
@@ -76,7 +76,7 @@ def real_images(path: Path | None, count: int = 1000) -> Openers:
     if path is None:
         return {example.key: example.open for example in storybook_examples(count, "test")}
     if path.is_dir():
-        paths = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+        paths = _images(files_below(path), path)
         hashes = in_threads(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), paths)
         named = zip(hashes, paths, strict=True)
         images = {f"{key}-{file.relative_to(path)}": partial(Image.open, file) for key, file in named}
@@ -86,9 +86,20 @@ def real_images(path: Path | None, count: int = 1000) -> Openers:
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): expected a folder or .zip of images, or an .npz with "
                              "mu and sigma") from error  # fmt: skip
-        infos = [info for info in archive.infolist() if Path(info.filename).suffix.lower() in IMAGE_SUFFIXES]
-        images = {f"{info.CRC:08x}-{info.filename}": lambda info=info: Image.open(io.BytesIO(archive.read(info)))
-                  for info in sorted(infos, key=lambda info: info.filename)}  # fmt: skip
+        infos = {Path(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        images = {f"{infos[file].CRC:08x}-{infos[file].filename}":
+                  lambda info=infos[file]: Image.open(io.BytesIO(archive.read(info)))
+                  for file in _images(sorted(infos), path)}  # fmt: skip
     if not images:
         raise ValueError(f"{path} has no images: expected {', '.join(sorted(IMAGE_SUFFIXES))}")
     return images
+
+
+def _images(files: Sequence[Path], source: Path) -> list[Path]:
+    """Those that are images by their names; the number of the others is printed."""
+    others = [file.name for file in files if file.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        print(
+            f"{source.name}: {len(files) - len(others)} images; {len(others)} other files not used, such as {others[0]}"
+        )
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]

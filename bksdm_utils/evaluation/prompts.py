@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from ..data.downloads import DOWNLOADS
 from ..data.scenes import SPLITS, Scene, sample_scene
 from ..data.tables import CAPTIONS, choose_column, read_csv
-from ..files import ROOT, NotAvailable, resolve
+from ..files import ROOT, NotAvailable, looked_in, resolve
 
 ID_COLUMNS = ("id", "file_name")
 IMAGE_FILE = re.compile(r"\.(jpe?g|png|webp|bmp)$", re.IGNORECASE)
@@ -76,9 +77,9 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
 def find_data(path: str | Path, expected: str) -> Path:
     """A file or folder; where it is missing raises NotAvailable for one of `DOWNLOADS`, ValueError for any other."""
     path = Path(resolve(path))
-    if not path.exists():
+    if not os.path.exists(path):
         known = ROOT / path in {ROOT / download.path for download in DOWNLOADS.values()}
-        raise (NotAvailable if known else ValueError)(f"{path} is missing: expected {expected}")
+        raise (NotAvailable if known else ValueError)(f"{path} is missing ({looked_in(path)}): expected {expected}")
     return path
 
 

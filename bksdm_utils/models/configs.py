@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -27,7 +28,7 @@ def model_config(path: str | Path, part: str = "unet") -> dict:
         if is_hub_id(path):
             file = Path(huggingface_hub.hf_hub_download(str(path), f"{part}/{name}"))
         else:
-            file = folder / part / name if (folder / part).is_dir() else folder / name
+            file = folder / part / name if os.path.isdir(folder / part) else folder / name
         return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
@@ -33,7 +34,7 @@ SCHEDULERS = {
 
 def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
     """A Stable Diffusion or SDXL pipeline from a folder or hub id, without safety checker; raises as `named_errors`."""
-    if (path := Path(resolve(teacher))).is_dir():
+    if os.path.isdir(path := Path(resolve(teacher))):
         with named_errors("the pipeline", teacher):
             _check_parts(path)
     with named_errors("the pipeline", teacher):
@@ -88,7 +89,7 @@ def load_unet(path: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
 
     Raises as `named_errors`, and ValueError where it does not fit the pipeline's latents and text encoder.
     """
-    within = {"subfolder": "unet"} if Path(resolve(path), "unet", "config.json").is_file() else {}
+    within = {"subfolder": "unet"} if os.path.isfile(Path(resolve(path), "unet", "config.json")) else {}
     unet = load(UNet2DConditionModel, path, **within)
     for name in ("in_channels", "out_channels", "cross_attention_dim"):
         if unet.config[name] != pipeline.unet.config[name]:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..config.training import TrainingData
-from ..data.examples import Example, Skipped, load_examples
+from ..data.examples import Example, Skipped
 from ..data.images import to_pixels
+from ..data.sources import load_examples
 from ..files import ROOT, check_disk, in_threads
 from ..models.devices import memory_advice
 from .encoding import encoding_batch, posterior, token_ids, tokenizers

@@ -12,8 +12,9 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from ..config.training import TrainingData
-from ..data.examples import captions_of, open_table
+from ..data.examples import captions_of
 from ..data.images import open_image, to_pixels
+from ..data.shards import open_table
 from ..files import in_threads
 from ..models.devices import to_device
 from .encoding import encoding_batch, posterior, token_ids

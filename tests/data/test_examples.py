@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from bksdm_utils.config.training import TrainingData
-from bksdm_utils.data.examples import load_examples, open_table
 from bksdm_utils.data.images import open_image, to_pixels
+from bksdm_utils.data.shards import open_table
+from bksdm_utils.data.sources import load_examples
 
 
 def png(colour):
@@ -73,7 +74,8 @@ def test_an_examples_key_follows_its_content(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "metadata.csv could not be opened.*expected a folder"), ("", "has no header: .*file_name,text"),
+    [(None, "has no captions: looked for metadata.csv.*there is nothing.*Expected a folder"),
+     ("", "has no header: .*file_name,text"),
      ("name,caption\na.jpg,x\n", "expected file_name, or another that image_column names"),
      ("file_name,text\n", "none of 0 rows is usable"),
      ("file_name,text\ngone.jpg,x\n", "none of 1 rows is usable.*gone.jpg"),

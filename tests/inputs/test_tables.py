@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from bksdm_utils.config.training import TrainingData
-from bksdm_utils.data.examples import load_examples
+from bksdm_utils.data.sources import load_examples
 from bksdm_utils.data.tables import read_csv
 from bksdm_utils.evaluation.prompts import read_prompts
 
@@ -26,11 +26,12 @@ def folder(tmp_path):
 
 
 def loaded(folder, content, **config):
-    """Captions by image, and (name, reason) of what was set aside."""
+    """Captions by image, and (name, reason) of the rows that were set aside."""
     data = content if isinstance(content, bytes) else content.encode()
     (folder / "metadata.csv").write_bytes(data)
     examples, skipped = load_examples(TrainingData(train_data_dir=str(folder), **config))
-    return {example.name: example.captions[0] for example in examples}, skipped
+    rows = [(name, reason) for name, reason in skipped if reason != "no table names it"]  # that is of images
+    return {example.name: example.captions[0] for example in examples}, rows
 
 
 def lines(texts):
