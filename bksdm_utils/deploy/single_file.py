@@ -44,11 +44,18 @@ def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name
     tensors |= {f"first_stage_model.{k}": t for k, t in ldm_vae(pipeline.vae).items()}
     texts = pipeline.text_encoder.state_dict().items()
     tensors |= {f"cond_stage_model.transformer.{prefixed(k)}": t for k, t in texts if not k.endswith("position_ids")}
+    tensors |= {mark: torch.zeros(1) for mark in _marks(pipeline.scheduler.config)}
     with new_folder(folder) as part:
         save_file({k: t.contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
         (part / f"{name}.yaml").write_text(yaml.safe_dump(ldm_config(unet, pipeline), sort_keys=False))
         _save_configs(with_unet(pipeline, unet), part / "config")
     return _remark(pipeline, added)
+
+
+def _marks(schedule: Mapping) -> list[str]:
+    """Names of empty tensors by which other programs know v-prediction and a schedule that ends in pure noise."""
+    v_pred = schedule["prediction_type"] == "v_prediction"
+    return ["v_pred"] * v_pred + ["ztsnr"] * bool(v_pred and schedule.get("rescale_betas_zero_snr"))
 
 
 def _remark(pipeline: StableDiffusionPipeline, added: int) -> str:

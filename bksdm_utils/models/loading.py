@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Container, Iterable, Iterator
@@ -10,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import NotAvailable, is_hub_id, resolve
+from huggingface_hub.errors import GatedRepoError
+
+from ..files import NotAvailable, is_hub_id, looked_in, resolve
 
 FILES = (None, "fp16", "non_ema")  # variants of weight files, the plain one first
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module)\.)+")  # names' prefixes of torch.compile and DDP
@@ -30,9 +33,25 @@ def named_errors(what: str, path: str | Path, expected: str = "a save_pretrained
     except Exception as error:  # these libraries raise many kinds
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 400)}"
         message = f"{what} {str(path)!r} could not be loaded ({reason})"
+        if _asks_for_a_token(error):
+            raise NotAvailable(f"{message}. The hub wants to know who asks: accept the model's terms on its page, then "
+                               f"hf auth login, or set HF_TOKEN") from error  # fmt: skip
         if is_hub_id(path):
             raise NotAvailable(f"{message}. With a network: hf download {path}") from error
-        raise ValueError(f"{message}: expected {expected}, or a hub id") from error
+        place = "" if os.path.exists(resolve(path)) else f" ({looked_in(path)})"
+        raise ValueError(f"{message}: expected {expected}, or a hub id{place}") from error
+
+
+def _asks_for_a_token(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is the hub's refusal of a missing, wrong or insufficient token."""
+    while error is not None:
+        if isinstance(error, GatedRepoError) or getattr(getattr(error, "response", None), "status_code", 0) in (
+            401,
+            403,
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load(cls: type, path: str | Path, **kwargs) -> Any:

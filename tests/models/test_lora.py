@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from bksdm_utils.core.surgery import build_student
@@ -62,3 +62,79 @@ def test_what_is_no_lora_is_an_error(pipeline, teacher, tmp_path):
     for path in (tmp_path / "unet", tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=f"LoRA '{path}' .*(could not be loaded|another model)"):
             load_lora(pipeline, path)
+
+
+def outputs(pipeline):
+    with torch.no_grad():
+        return pipeline.unet(
+            torch.ones(1, 4, 8, 8), 5, torch.ones(1, 4, pipeline.unet.config.cross_attention_dim)
+        ).sample
+
+
+def with_adapter(pipeline, **settings):
+    """The output of a pipeline with a random adapter beside its weights, and the PEFT model."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False, **settings)
+    model = get_peft_model(pipeline.unet, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    return outputs(pipeline), model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("inside", ["", "unet"])
+def test_a_folder_of_peft_is_merged_as_it_was_trained(pipeline, pipeline_dir, tmp_path, settings, inside):
+    expected, model = with_adapter(load_pipeline(pipeline_dir), **settings)
+    model.save_pretrained(tmp_path / inside)
+    merged = load_lora(pipeline, tmp_path)
+    assert torch.allclose(outputs(merged), expected, atol=1e-5)
+    assert not torch.allclose(outputs(pipeline), expected, atol=1e-3)
+    assert merged.unet.state_dict().keys() == pipeline.unet.state_dict().keys()
+
+
+def test_a_folder_of_peft_for_another_model_is_an_error(pipeline, tmp_path):
+    student = with_unet(pipeline, build_student(pipeline.unet, "bk_small"))
+    _, model = with_adapter(load_pipeline_copy(pipeline))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LoRA .* another model"):
+        load_lora(student, tmp_path)
+
+
+def load_pipeline_copy(pipeline):
+    import copy
+
+    return with_unet(pipeline, copy.deepcopy(pipeline.unet))
+
+
+def test_attention_processors_without_a_prefix_are_merged(pipeline, pipeline_dir, tmp_path):
+    """The names of diffusers before 0.17, of its `save_attn_procs`."""
+    folder = save_lora(load_pipeline(pipeline_dir), tmp_path / "lora")
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    expected = outputs(load_lora(pipeline, folder))
+    names = {".to_q.lora_A": ".processor.to_q_lora.down", ".to_q.lora_B": ".processor.to_q_lora.up"}
+    early = {}
+    for name, tensor in tensors.items():
+        new = next(old for old in names if old in name)
+        early[name.removeprefix("unet.").replace(new, names[new])] = tensor
+    save_file(early, tmp_path / "early.safetensors")
+    torch.save(early, tmp_path / "pytorch_lora_weights.bin")
+    for file in ("early.safetensors", "pytorch_lora_weights.bin"):
+        assert torch.allclose(outputs(load_lora(pipeline, tmp_path / file)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_unet_down_blocks_0_to_q.dora_scale", "unet.x.to_q.lora_magnitude_vector.weight"]
+)
+def test_a_dora_in_a_file_is_refused_by_name(pipeline, tmp_path, name):
+    save_file({name: torch.ones(2), "unet.x.to_q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "dora.safetensors")
+    with pytest.raises(ValueError, match="it is a DoRA .*PEFT folder"):
+        load_lora(pipeline, tmp_path / "dora.safetensors")
+
+
+def test_a_folder_of_several_loras_asks_for_one(pipeline, tmp_path):
+    for name in "ab":
+        save_file({"unet.x": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="has 2 weight files: name the file itself"):
+        load_lora(pipeline, tmp_path)
