@@ -11,6 +11,7 @@ import huggingface_hub
 from ..config.shared import Teacher
 from ..files import is_hub_id, resolve
 from .loading import named_errors
+from .single_file import config_source, is_single_file
 
 
 def model_config(path: str | Path, part: str = "unet") -> dict:
@@ -23,6 +24,8 @@ def model_config(path: str | Path, part: str = "unet") -> dict:
     Raises as `named_errors`.
     """
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    if is_single_file(resolve(path)):
+        path = config_source(resolve(path))
     folder = Path(resolve(path))
     with named_errors(f"the {part} config of", path, f"{part}/{name} as diffusers writes it"):
         if is_hub_id(path):

@@ -13,10 +13,13 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..core.families import vae_overflows_in_fp16
-from ..files import NotAvailable, resolve
+from ..files import NotAvailable, is_hub_id, resolve
 from .loading import load, named_errors
+from .single_file import is_single_file, load_single_file
 
 SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -33,7 +36,20 @@ SCHEDULERS = {
 
 
 def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
-    """A Stable Diffusion or SDXL pipeline from a folder or hub id, without safety checker; raises as `named_errors`."""
+    """A Stable Diffusion or SDXL pipeline, without safety checker; raises as `named_errors`.
+
+    Args:
+        teacher: a folder, a hub id, or a file in the original layout.
+    """
+    pipeline = load_single_file(path) if is_single_file(path := resolve(teacher)) else _load_parts(teacher)
+    _check_fit(pipeline, teacher)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)  # faster convolutions, on CPU and GPU
+    half = torch.bfloat16 if vae_overflows_in_fp16(pipeline) else torch.float16
+    return pipeline.to(device, half if dtype is torch.float16 else dtype)
+
+
+def _load_parts(teacher: str | Path) -> Pipeline:
     if os.path.isdir(path := Path(resolve(teacher))):
         with named_errors("the pipeline", teacher):
             _check_parts(path)
@@ -44,12 +60,7 @@ def load_pipeline(teacher: str | Path, device: str = "cpu", dtype: torch.dtype =
     networks = {part: load(getattr(import_module(index[part][0]), index[part][1]), teacher, subfolder=part,
                            torch_dtype=torch.float32)
                 for part in PARTS[index["_class_name"]] if part in NETWORKS}  # fmt: skip
-    pipeline = load(DiffusionPipeline, teacher, **networks, safety_checker=None, requires_safety_checker=False)
-    _check_fit(pipeline, teacher)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet.to(memory_format=torch.channels_last)  # faster convolutions, on CPU and GPU
-    half = torch.bfloat16 if vae_overflows_in_fp16(pipeline) else torch.float16
-    return pipeline.to(device, half if dtype is torch.float16 else dtype)
+    return load(DiffusionPipeline, teacher, **networks, safety_checker=None, requires_safety_checker=False)
 
 
 def _check_parts(path: Path) -> None:
@@ -89,13 +100,29 @@ def load_unet(path: str | Path, pipeline: Pipeline) -> UNet2DConditionModel:
 
     Raises as `named_errors`, and ValueError where it does not fit the pipeline's latents and text encoder.
     """
-    within = {"subfolder": "unet"} if os.path.isfile(Path(resolve(path), "unet", "config.json")) else {}
-    unet = load(UNet2DConditionModel, path, **within)
+    unet = load(UNet2DConditionModel, path, **_within(path))
     for name in ("in_channels", "out_channels", "cross_attention_dim"):
         if unet.config[name] != pipeline.unet.config[name]:
             raise ValueError(f"the U-Net {str(path)!r} has {name} {unet.config[name]}, the pipeline's has "
                              f"{pipeline.unet.config[name]}: it belongs to another teacher")  # fmt: skip
     return unet.to(pipeline.device, pipeline.unet.dtype, memory_format=torch.channels_last).eval()
+
+
+def _within(path: str | Path) -> dict[str, str]:
+    """Where in a folder or a repository of the hub the U-Net is, as an argument of `from_pretrained`."""
+    if is_hub_id(path):
+        with named_errors("the U-Net", path):
+            whole = bool(try_to_load_from_cache(str(path), "unet/config.json")) or not _on_hub(path, "config.json")
+    else:
+        whole = os.path.isfile(Path(resolve(path), "unet", "config.json"))
+    return {"subfolder": "unet"} if whole else {}
+
+
+def _on_hub(path: str | Path, file: str) -> bool:
+    try:
+        return bool(hf_hub_download(str(path), file))
+    except RemoteEntryNotFoundError:  # other errors are no answer
+        return False
 
 
 def sampling_dtype(device: str) -> torch.dtype:
