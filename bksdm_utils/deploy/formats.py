@@ -8,11 +8,11 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import load_file, save_file
 
 from ..config.deploy import DemoAndExport
 from ..files import NotAvailable, new_folder
 from ..models.pipelines import Pipeline
+from ..models.saving import save_pipeline
 
 TEMPLATE = """\
 ---
@@ -97,41 +97,12 @@ def student_card(config: DemoAndExport, plan: str, student: Pipeline, path: str 
 
 
 def save_diffusers(pipeline: Pipeline, folder: str | Path, card: ModelCard) -> str:
-    """A plain diffusers folder with its model card, in full precision; `from_pretrained(folder)` loads it anywhere.
-
-    Half precision would be loaded as it is by transformers and as full by diffusers, which do not work together. The
-    text encoder's names get the prefix `text_model.`, without which transformers 4 keeps random weights.
+    """A plain diffusers folder with its model card, as `save_pipeline`.
 
     Raises:
         ValueError: the folder exists or cannot be written.
     """
     with new_folder(folder) as part:
-        pipeline.save_pretrained(part)
-        for file in part.glob("*/*.safetensors"):
-            text = file.parent.name.startswith("text_encoder")
-            tensors = {prefixed(name) if text else name: tensor.float() if tensor.is_floating_point() else tensor
-                       for name, tensor in load_file(file).items()}  # fmt: skip
-            save_file(tensors, file, metadata={"format": "pt"})
-        for file in part.glob("text_encoder*/config.json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            file.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
-        for name in ("tokenizer", "tokenizer_2"):  # SDXL has two
-            if tokenizer := getattr(pipeline, name, None):
-                save_tokenizer(tokenizer, part / name)
+        save_pipeline(pipeline, part)
         card.save(part / "README.md")
     return "loaded by StableDiffusionPipeline.from_pretrained"
-
-
-def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Saves with vocab.json and merges.txt, which transformers 5 no longer writes and transformers 4 needs."""
-    tokenizer.save_pretrained(folder)
-    if not (folder / "vocab.json").is_file():
-        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
-
-
-def prefixed(name: str) -> str:
-    """A text encoder's parameter name with the prefix that transformers 4 expects and transformers 5 leaves out."""
-    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"

@@ -16,7 +16,8 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ..files import new_folder
-from .formats import check_sd, require, save_tokenizer
+from ..models.saving import save_tokenizer
+from .formats import check_sd, require
 
 
 class _Network(nn.Module):

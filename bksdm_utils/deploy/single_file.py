@@ -15,7 +15,8 @@ from torch import nn
 
 from ..files import new_folder
 from ..models.pipelines import with_unet
-from .formats import NotExpressible, check_sd, prefixed, save_tokenizer
+from ..models.saving import prefixed, save_tokenizer
+from .formats import NotExpressible, check_sd
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip

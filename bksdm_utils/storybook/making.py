@@ -25,6 +25,7 @@ from ..evaluation.networks import MetricClip
 from ..evaluation.sampling import generate
 from ..files import write_json
 from ..models.pipelines import load_pipeline
+from ..models.saving import save_tokenizer
 from ..training.rng import BatchRng
 from . import networks
 from .clip import train_clip, train_text
@@ -148,9 +149,10 @@ def export(output_dir: Path, destination: Path, recipe: Recipe = RECIPE) -> None
     made.unet.half()
     made.vae.half()
     made.save_pretrained(destination / "teacher")
+    save_tokenizer(made.tokenizer, destination / "teacher" / "tokenizer")
     clip = CLIPModel.from_pretrained(output_dir / "clip", torch_dtype=torch.float32)
     clip.save_pretrained(destination / "clip")
-    made.tokenizer.save_pretrained(destination / "clip")
+    save_tokenizer(made.tokenizer, destination / "clip")
     size = {"height": recipe.world.size, "width": recipe.world.size}
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(destination / "clip")
 

@@ -230,7 +230,7 @@ def test_nothing_is_overwritten_or_left_incomplete(students, tmp_path, monkeypat
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot be written"):
         save_diffusers(students["bk_tiny"], tmp_path / "file" / "below", CARD)
-    monkeypatch.setattr("bksdm_utils.deploy.formats.save_tokenizer", lambda *_: 1 / 0)
+    monkeypatch.setattr("bksdm_utils.models.saving.save_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_diffusers(students["bk_tiny"], tmp_path / "new", CARD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "new.part"]
