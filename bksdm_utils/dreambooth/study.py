@@ -146,6 +146,8 @@ class Study:
         """Everything that result.json keeps."""
         return {
             "subject": self.subject.name if self.subject else self.config.subject, "costs": self.costs,
+            "subject_images": len(self.subject.images) if self.subject else 0,
+            "skipped": self.subject.skipped if self.subject else [],
             "identifier": self.config.identifier, "num_images": len(self.prompts), "scores": self.scores(),
             "steps": self.config.max_train_steps, "along": self.along, "sampling": self.sampling.values(),
             "drift": self.drift(list(self.models)[-1] if self.models else None),

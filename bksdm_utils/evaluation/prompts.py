@@ -28,6 +28,12 @@ class Prompt:
     text: str
 
 
+class Prompts(list):
+    """Prompts from a file; `set_aside` has (line, reason) of its rows that are none."""
+
+    set_aside: Sequence[tuple[str, str]] = ()
+
+
 def storybook_prompts(num_images: int, split: str = "test") -> list[Prompt]:
     """The captions of the first scenes of a storybook split."""
     return [Prompt(f"{split}-{i}", sample_scene(i, split).caption) for i in range(num_images)]
@@ -42,7 +48,7 @@ def storybook_scene(prompt: Prompt) -> Scene | None:
     return scene if scene.caption == prompt.text else None
 
 
-def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt]:
+def read_prompts(path: str | Path, num_images: int | None = None) -> Prompts:
     """Prompts from a CSV file: text from the column text, prompt or caption, ids from id or file_name, or row numbers.
 
     COCO's metadata.csv is such a file: COCO_val2014_000000000042.jpg gives the id COCO_val2014_000000000042.
@@ -59,7 +65,7 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
     table = read_csv(path)
     text = choose_column(table.columns, None, CAPTIONS, path)
     name = next((c for c in ID_COLUMNS if c in table.columns), None)
-    prompts, set_aside = [], list(table.set_aside)
+    prompts, set_aside = Prompts(), list(table.set_aside)
     for i, (line, row) in enumerate(table.rows):
         if len(prompts) == num_images:
             break
@@ -70,6 +76,7 @@ def read_prompts(path: str | Path, num_images: int | None = None) -> list[Prompt
         raise ValueError(f"{path}: no prompts. {': '.join(set_aside[0])}")
     if set_aside:
         print(f"{path.name}: {len(set_aside)} rows set aside, such as {set_aside[0][0]}: {set_aside[0][1]}")
+    prompts.set_aside = set_aside
     check_prompts(prompts, str(path))
     return prompts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,16 @@ file_option = click.option("-f", "--file", "files", type=click.Path(exists=True,
 
 
 class Commands(click.Group):
-    """Errors of the input, and of files and networks, are one line; everything else keeps its traceback."""
+    """Errors of the input, and of files and networks, are one line; everything else keeps its traceback.
+
+    Letters that the output's encoding lacks, as that of a file on Windows, become question marks.
+    """
+
+    def main(self, *args, **kwargs) -> object:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
         try:

@@ -149,6 +149,7 @@ class Comparison:
         return {
             "protocol": self.config.protocol, "num_images": len(self.prompts) if evaluations else 0,
             "scores": _plain(table), "images": images,
+            "prompts_set_aside": [*getattr(self.prompts, "set_aside", ())],
             "students": {name: resolve(path) for name, path in self.paths.items()}, "unets": unets,
             "steps": self.config.num_inference_steps, "guidance": self.config.guidance_scale,
             "fid_by_number": _plain(by_number), "by_guidance": _plain(by_guidance),

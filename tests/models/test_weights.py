@@ -66,14 +66,15 @@ def test_no_network_loads_with_a_tensor_renamed_dropped_or_reshaped(copied, part
     rng = random.Random(part)
     (file,) = (copied / part).glob("*.safetensors")
     tensors = load_file(file)
-    for _ in range(12):
+    for turn in range(34):
         changed, name = damaged(tensors, rng)
         save_file(changed, file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match="another model's, or damaged|could not be loaded") as error:
             load(PARTS[part], copied, subfolder=part)
         assert name.split(".")[-1] in str(error.value) or name in str(error.value)
-        with pytest.raises(ValueError, match="could not be loaded"):
-            load_pipeline(copied)
+        if turn % 4 == 0:  # slower
+            with pytest.raises(ValueError, match="could not be loaded"):
+                load_pipeline(copied)
 
 
 def test_a_metric_network_with_a_renamed_tensor_is_refused(tmp_path):
