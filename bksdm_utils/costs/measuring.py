@@ -13,7 +13,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..core.families import unet_inputs
 from .counting import is_block
@@ -93,10 +92,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(output):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in given and storage not in self.known:
+        given = {x.untyped_storage() for x in _tensors((args, *(kwargs or {}).values()))}
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage not in given and storage not in self.known:
                 self.known.add(storage)
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self._release, storage.nbytes())
@@ -105,6 +104,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.held -= size
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    """The tensors in nested lists and tuples; faster than torch's `tree_leaves`."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def _real_inputs(unet: UNet2DConditionModel, batch_size: int = 1) -> dict:

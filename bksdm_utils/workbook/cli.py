@@ -125,17 +125,22 @@ _add_job(
 )
 
 
-@main.command(help=_help("Say how much GPU memory a distillation needs and how long it takes; no GPU, no weights: "
-                         "bksdm memory -p preset sd-v1.4 -p variant bk_tiny.", KDTraining))  # fmt: skip
+@main.command(help=_help("Say how much GPU memory notebook 03 or 05 needs and how long it trains; no GPU, no weights: "
+                         "bksdm memory -p preset sd-v1.4 -p variant bk_tiny, or bksdm memory 05 -p preset sd-v1.4. "
+                         "Notebook 05's parameters: bksdm run 05 --help.", KDTraining))  # fmt: skip
+@click.argument("notebook", type=click.Choice(["03", "05"]), default="03")
 @parameter_option
 @file_option
 @click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=200.0, show_default=True,
               help="What the GPU computes, in 10^12 operations a second.")  # fmt: skip
-def memory(pairs, files, tflops: float) -> None:
+def memory(notebook: str, pairs, files, tflops: float) -> None:
     """Prints the planner's report; `help` above is what users read."""
-    from ..costs.planner import report
+    if notebook == "03":
+        from ..costs.planner import report
+    else:
+        from ..dreambooth.planning import report
 
-    click.echo(report(fill(KDTraining, _values(pairs, files)), tflops))
+    click.echo(report(fill(find_notebook(notebook)[1], _values(pairs, files)), tflops))
 
 
 @main.command()

@@ -41,22 +41,23 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """A function and the environment of its process."""
+    """A function, the environment of its process, and whether values are computed or only sizes count."""
 
     run: Callable[[Place], object]
     environment: dict[str, str]
+    values: bool = True
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *args, gpus: int = 1, capability: str = "9.0", memory_gb: float = 80):
+def case(name: str, *args, gpus: int = 1, capability: str = "9.0", memory_gb: float = 80, values: bool = True):
     """Registers a function as the case `name`; `args` follow its place."""
     environment = {"COUNT": gpus, "CAPABILITY": capability, "MEMORY": memory_gb}
 
     def register(function):
         variables = {f"STUB_GPU_{name}": str(value) for name, value in environment.items()}
-        CASES[name] = Case(lambda place: function(place, *args), variables)
+        CASES[name] = Case(lambda place: function(place, *args), variables, values)
         return function
 
     return register

@@ -65,10 +65,9 @@ def _convolution(x, weight, bias, *options):
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             raise RuntimeError(f"convolution of {x.dtype} on {x.device} with {other.dtype} on {other.device}")
     form = _layout(x, weight)
-    for given in (x, weight):
-        given.contiguous(memory_format=form)  # the copy that cuDNN would be given
+    copies = [given.contiguous(memory_format=form) for given in (x, weight)]  # what cuDNN is given
     shape = _convolved(x.shape, weight.shape, *options)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    return torch.empty(shape, dtype=x.dtype, device=copies[0].device, memory_format=form)
 
 
 def _convolved(x, weight, stride, padding, dilation, transposed, output_padding, groups) -> list[int]:
@@ -85,9 +84,10 @@ def _convolved(x, weight, stride, padding, dilation, transposed, output_padding,
 
 def _convolution_backward(gradient, x, weight, bias_sizes, *options):
     form, (for_x, for_weight, for_bias) = _layout(x, weight), options[-1]
+    _, x, weight = (given.contiguous(memory_format=form) for given in (gradient, x, weight))  # what cuDNN is given
     return (
-        torch.empty_like(x, memory_format=form) if for_x else None,
-        torch.empty_like(weight, memory_format=form) if for_weight else None,
+        torch.empty_like(x) if for_x else None,
+        torch.empty_like(weight) if for_weight else None,
         torch.empty(bias_sizes, dtype=x.dtype, device=x.device) if for_bias else None,
     )
 
