@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import resource
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bksdm_utils.config.shared import Teacher
@@ -94,6 +96,22 @@ def pipeline_xl_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher_xl")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def narrow(tmp_path, pipeline_dir):
+    """Parameters of a narrow SD-v1 teacher and eight images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,a cat {i}\n" for i in range(8)))
+    return {
+        "preset": "sd-v1.4", "variant": "bk_small", "teacher": str(pipeline_dir), "train_data_dir": str(folder),
+        "cache_dir": str(tmp_path / "cache"), "resolution": 64, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "max_train_steps": 6, "validation_steps": 2, "checkpoint_steps": 2,
+    }  # fmt: skip
 
 
 @contextmanager

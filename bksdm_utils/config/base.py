@@ -32,9 +32,18 @@ NonNegative = Annotated[float, Field(ge=0)]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 
 
-def parameter(default: object, description: str) -> object:
-    """A field with the one-line description that the notebook's parameters cell and `--help` show."""
-    return Field(default, description=description)
+def parameter(default: object, description: str, heading: str | None = None) -> object:
+    """A field with the one-line description that the notebook's parameters cell and `--help` show.
+
+    Args:
+        heading: above this parameter and those after it, in both.
+    """
+    return Field(default, description=description, json_schema_extra={"heading": heading} if heading else None)
+
+
+def heading_of(field: FieldInfo) -> str | None:
+    """The heading above a parameter, if it has one."""
+    return (field.json_schema_extra or {}).get("heading")
 
 
 class Config(BaseModel):
@@ -84,7 +93,7 @@ class Config(BaseModel):
         for name in names:
             field = cls.model_fields[name]
             kind = Annotated[(field.annotation, *field.metadata, "")]  # which wants metadata, also without bounds
-            optional[name] = Optional[kind], Field(None, description=field.description)  # noqa: UP045
+            optional[name] = Optional[kind], parameter(None, field.description, heading_of(field))  # noqa: UP045
         return create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **optional)
 
     def but(self, **changes: object) -> Self:

@@ -15,7 +15,9 @@ class DemoAndExport(PresetSampling, TrainingData, Teacher):
     """Notebook 06: playground, few-step students, exports."""
 
     notebook: ClassVar[str] = "06_demo_and_export"
-    student: PathText | None = parameter(None, "U-Net folder or hub id; None: notebook 03's of this variant")
+    student: PathText | None = parameter(
+        None, "U-Net folder or hub id; None: notebook 03's of this variant", heading="demo and export"
+    )
     lora: PathText | None = parameter(None, "LoRA on top of the student, such as notebook 05's; it is merged")
     prompt: str = parameter("a big red boat on the sea", "what is sampled first")
     negative_prompt: str = parameter("", "what the images should not show")

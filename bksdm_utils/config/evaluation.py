@@ -35,7 +35,9 @@ class CocoEvaluation(
     """Notebook 04: scores of teacher and students by a named protocol."""
 
     notebook: ClassVar[str] = "04_coco_evaluation"
-    students: tuple[str, ...] = parameter((), "U-Net folders or hub ids, commas between; none: notebook 03's")
+    students: tuple[str, ...] = parameter(
+        (), "U-Net folders or hub ids, commas between; none: notebook 03's", heading="evaluation"
+    )
     untrained: bool | None = parameter(None, "also sample students with copied and with random weights")
     protocol: Literal["storybook", "paper", "clean"] | None = parameter(None, "storybook, paper or clean")
     prompts: PathText | None = parameter(None, "CSV file with a column text, and id or file_name")

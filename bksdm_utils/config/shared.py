@@ -13,6 +13,11 @@ SCHEDULERS = Literal["pndm", "dpm++", "euler", "ddim", "lcm"]
 VARIANTS = "bk_base, bk_small, bk_tiny; SDXL: bk_sdxl_base, bk_sdxl_small, koala_1b, koala_700m; or a plan's .json"
 
 
+def prompts_of(text: str | None) -> list[str]:
+    """The prompts in a parameter such as `validation_prompts`, which has | between them."""
+    return [prompt.strip() for prompt in (text or "").split("|") if prompt.strip()]
+
+
 class Common(Config):
     """What every notebook has."""
 
@@ -55,7 +60,7 @@ class Teacher(Common):
 class Sampling(Config):
     """How images are sampled."""
 
-    num_inference_steps: Positive = parameter(25, "denoising steps for each image")
+    num_inference_steps: Positive = parameter(25, "denoising steps for each image", heading="sampling")
     guidance_scale: NonNegative = parameter(7.5, "strength of classifier-free guidance")
     scheduler: SCHEDULERS | None = parameter(None, "pndm, dpm++, euler, ddim or lcm; None is the teacher's own")
 

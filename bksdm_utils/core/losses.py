@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -151,6 +151,7 @@ class Distillation:
         scheduler: the DDPM noise schedule of the teacher.
         taps: what `tap_pairs` gives; none for training without feature distillation.
         weights: λ_sd, λ_out, λ_feat. With λ_feat 0 nothing is tapped, with λ_out 0 too the teacher does not run.
+        inert: student modules of taps that are measured but give no gradient.
 
     Raises:
         ValueError: `weights.taps` names an unknown tap.
@@ -158,10 +159,10 @@ class Distillation:
 
     def __init__(
         self, teacher: UNet2DConditionModel, student: UNet2DConditionModel, conditioning: Callable, scheduler,
-        taps: Sequence[tuple[str, str]], weights: LossWeights = LossWeights(),
+        taps: Sequence[tuple[str, str]], weights: LossWeights = LossWeights(), inert: Collection[str] = (),
     ):  # fmt: skip
         self.teacher = teacher.requires_grad_(False).eval()
-        self.conditioning, self.scheduler, self.weights = conditioning, scheduler, weights
+        self.conditioning, self.scheduler, self.weights, self.inert = conditioning, scheduler, weights, inert
         unknown = sorted(set(weights.taps) - {student for _, student in taps})
         if unknown:
             raise ValueError(f"weights for unknown taps {unknown}: expected some of {[s for _, s in taps]}")
@@ -185,8 +186,8 @@ class Distillation:
         if teacher_prediction is None:
             teacher_prediction = prediction.detach()
         target = training_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
-        pairs = zip(self.student_taps.take(), self.teacher_taps.take(), strict=True)
-        features = dict(zip(self.student_taps.names, pairs, strict=True))
+        taps = zip(self.student_taps.names, self.student_taps.take(), self.teacher_taps.take(), strict=True)
+        features = {name: (own.detach() if name in self.inert else own, teacher) for name, own, teacher in taps}
         gamma = self.weights.min_snr_gamma
         example_weights = min_snr_weights(self.scheduler, batch.timesteps, gamma) if gamma else None
         return kd_losses(prediction, teacher_prediction, target, features, self.weights, example_weights)

@@ -62,6 +62,15 @@ def _block_taps(plan: RemovalPlan, teacher_config: Mapping) -> list[tuple[str, s
     return pairs + [(f"up_blocks.{u + total - kept}", f"up_blocks.{u}") for u in range(kept)]
 
 
+def published_inert(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The student modules whose taps gave no gradient in the published training of bk_tiny.
+
+    Its third encoder tap is inside a checkpointed block. The reentrant checkpointing of those days returned such an
+    activation without a gradient, so this term of the loss was added and trained nothing.
+    """
+    return [student for _, student in pairs if student.endswith("proj_out")]
+
+
 class Taps:
     """Keeps the outputs of named modules of one model, from `listen` until `take`.
 

@@ -54,9 +54,17 @@ def _eight_bits(values: np.ndarray, sixteen: bool) -> np.ndarray:
     return (values * 255 if most <= 1 and values.dtype.kind == "f" else values).round().astype(np.uint8)
 
 
-def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """Any image, as `to_rgb`, to (3, resolution, resolution) in -1 … 1: shorter side scaled, centre crop."""
+def to_pixels(
+    image: Image.Image, resolution: int, centre: tuple[float, float] = (0.5, 0.5), interpolation: str = "bicubic"
+) -> torch.Tensor:
+    """Any image, as `to_rgb`, to (3, resolution, resolution) in -1 … 1: shorter side scaled, the rest cut off.
+
+    Args:
+        centre: where the crop lies in what is too long: 0 left or top, 1 right or bottom.
+        interpolation: bicubic or bilinear.
+    """
     image = to_rgb(image)
     if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+        method = Image.Resampling[interpolation.upper()]
+        image = ImageOps.fit(image, (resolution, resolution), method, centering=centre)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config.dreambooth import DreamBoothTraining
-from ..config.training import Training
+from ..config.training import Cropping, Training
 from ..core.losses import Batch, training_target
 from ..data.images import to_pixels
 from ..files import CsvLog
@@ -26,14 +26,15 @@ from ..models.hashes import architecture_hash, model_hash
 from ..models.lora import LORA_BASE
 from ..models.pipelines import Pipeline, own_copy
 from ..models.saving import save_model
-from ..training.encoding import encoding_batch, posterior, token_ids
+from ..training.encoding import crop_centres, encoding_batch, posterior, token_ids
 from ..training.rng import BatchRng
 from ..training.step import Step
 from ..training.trainer import Trainer
 from .subjects import Subject, images_hash
 
 CONTENT = ("methods", "identifier", "prior_loss_weight", "train_text_encoder", "lora_rank", "lora_alpha",
-           "lora_targets", "lora_text_rank", "lora_text_alpha", "lora_text_targets")  # fmt: skip
+           "lora_targets", "lora_dropout", "lora_text_rank", "lora_text_alpha", "lora_text_targets",
+           "lora_text_dropout", "text_learning_rate", "random_crops", "interpolation")  # fmt: skip
 
 
 class DreamBoothModel(nn.Module):
@@ -64,9 +65,10 @@ class DreamBoothModel(nn.Module):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            _add_adapters(self.unet, config.lora_rank, config.lora_alpha, config.lora_targets)
+            unet = config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout
+            _add_adapters(self.unet, *unet)
             if config.train_text_encoder:
-                text = config.lora_text_rank, config.lora_text_alpha, config.lora_text_targets
+                text = config.lora_text_rank, config.lora_text_alpha, config.lora_text_targets, config.lora_text_dropout
                 _add_adapters(self.text_encoder, *text)
 
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -96,27 +98,32 @@ class DreamBoothModel(nn.Module):
         save_file(load_file(file), file, metadata=metadata)
 
 
-def _add_adapters(part: nn.Module, rank: int, alpha: float, targets: tuple[str, ...]) -> None:
+def _add_adapters(part: nn.Module, rank: int, alpha: float, targets: tuple[str, ...], dropout: float) -> None:
     layers = [name for name, layer in part.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):  # PEFT ignores such a target
             raise ValueError(f"no layer of the {type(part).__name__} is called {target}: expected ends of names such "
                              f"as {layers[-1]}")  # fmt: skip
-    part.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), "default")
+    adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=dropout)
+    part.add_adapter(adapters, "default")
 
 
 @torch.no_grad()
-def encode(pipeline: Pipeline, captioned: Sequence[tuple[str, Image.Image]], resolution: int) -> tuple:
-    """Mean and deviation, (N, 4, h, w), of the posterior of centre-cropped images, and their captions' ids, (N, T).
+def encode(pipeline: Pipeline, captioned: Sequence[tuple[str, Image.Image]], resolution: int, crop: Cropping) -> tuple:
+    """Mean and deviation, (N, 4, h, w), of the posterior of N cropped images, and their captions' ids, (N, T).
 
-    All on the CPU, where a batch is put together; a GPU would have to be waited for.
+    Every random crop counts as an image. All on the CPU, where a batch is put together; a GPU would have to be waited
+    for.
     """
     size, parts = encoding_batch(resolution), []
-    for start in range(0, len(captioned), size):
-        pixels = [to_pixels(image, resolution) for _, image in captioned[start : start + size]]
+    cropped = [(caption, image, centre) for i, (caption, image) in enumerate(captioned)
+               for centre in crop_centres(str(i), crop.random_crops)]  # fmt: skip
+    for start in range(0, len(cropped), size):
+        chosen = cropped[start : start + size]
+        pixels = [to_pixels(image, resolution, centre, crop.interpolation) for _, image, centre in chosen]
         parts.append(posterior(pipeline, torch.stack(pixels)))
     mean, std = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-    return mean, std, token_ids(pipeline, [caption for caption, _ in captioned])
+    return mean, std, token_ids(pipeline, [caption for caption, *_ in cropped])
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class SubjectBatches:
 
     @property
     def num_examples(self) -> int:
-        """How many images the subject has."""
+        """How many images the subject has, every crop counted."""
         return len(self.encoded[0][0])
 
     def __call__(self, rng: BatchRng) -> Batch:
@@ -184,7 +191,10 @@ class DreamBoothRun:
         """Trains, logging and yielding after every optimizer step; the caller may sample in between."""
         for step in self.trainer.steps(self.losses, self.batches):
             self.log.append(step.floats())
+            self.model.eval()  # adapters may have dropout, which is not for sampling
             yield step
+            self.model.train()
+        self.model.eval()
 
     def save(self) -> int:
         """`DreamBoothModel.save` to saved/ in the run's folder; returns its bytes."""
@@ -215,12 +225,14 @@ def prepare(
     side = config.resolution or own.unet.config.sample_size * own.vae_scale_factor
     captioned = list(zip(subject.captions(config.identifier), subject.images, strict=True))
     groups = [captioned, class_images] if config.prior_loss_weight else [captioned]
-    encoded = [encode(own, group, side) for group in groups]
+    encoded = [encode(own, group, side, config) for group in groups]
     scheduler = DDPMScheduler.from_config(own.scheduler.config)
     batches = SubjectBatches(encoded, scheduler.config.num_train_timesteps, own.device)
     fingerprint = {"base": model_hash(pipeline), "subject": images_hash(captioned), "resolution": side,
                    "class_images": images_hash(class_images), **{n: getattr(config, n) for n in CONTENT}}  # fmt: skip
     precision = supported_precision(config.mixed_precision, own.device.type)
-    trainer = Trainer(model, config.part(Training, mixed_precision=precision), folder, config.resume, fingerprint)
+    rates = {} if config.text_learning_rate is None else {"text_encoder.": config.text_rate_factor}
+    settings = config.part(Training, mixed_precision=precision)
+    trainer = Trainer(model, settings, folder, config.resume, fingerprint, rates=rates)
     logs = (CsvLog(folder / name, trainer.step) for name in ("log.csv", "along.csv"))
     return DreamBoothRun(own, model, trainer, batches, scheduler, config.prior_loss_weight, *logs)

@@ -16,15 +16,18 @@ from PIL import Image
 
 from ..config.dreambooth import DreamBoothTraining
 from ..config.evaluation import FolderSampling
+from ..config.shared import prompts_of
 from ..evaluation.folders import folder_of, image_path, sample_folder
 from ..evaluation.metrics import Score, mean_score
 from ..evaluation.networks import MetricClip, Network
 from ..evaluation.prompts import Prompt
-from ..files import check_disk
+from ..evaluation.sampling import generate
+from ..files import check_disk, resolve
 from ..models.hashes import model_hash
 from ..models.pipelines import Pipeline, find_pipeline, load_unet, sampling_dtype, with_unet
+from ..training.preview import save_grid
 from .job import DreamBoothRun
-from .subjects import Subject, class_prompts
+from .subjects import Subject, class_prompts, open_images
 
 
 def load_models(config: DreamBoothTraining, student_folder: Path, variant: str) -> dict[str, Pipeline]:
@@ -87,8 +90,11 @@ class Study:
         return [Image.open(image_path(folder, prompt.id)).copy() for prompt in prompts]
 
     def class_images(self, name: str) -> list[tuple[str, Image.Image]]:
-        """(caption, image) of the subject's class by one of the models, for prior preservation."""
+        """(caption, image) of the subject's class, for prior preservation: by one of the models, or of a folder."""
         prompts = class_prompts(self.subject, self.config.num_class_images if self.config.prior_loss_weight else 0)
+        if prompts and self.config.class_images_dir:
+            images, _ = open_images(Path(resolve(self.config.class_images_dir)))
+            return [(prompt.text, image) for prompt, image in zip(prompts, images, strict=False)]
         images = self.sample(self.models[name], prompts, f"{name}-class") if prompts else []
         return [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
 
@@ -104,8 +110,21 @@ class Study:
         texts = texts or self.subject.plain_texts(self.config.num_images)
         return subject_scores(self.clip, self.dino, images, self.subject.images, texts) if self.clip else {}
 
-    def score_during(self, name: str, run: DreamBoothRun) -> None:
-        """Adds the scores after the present step to the run's points, which outlive an interruption."""
+    @property
+    def validation_steps(self) -> list[int]:
+        """The steps after which a training in progress is looked at; the last one is evaluated anyway."""
+        every, total = self.config.validation_steps, self.config.max_train_steps
+        return list(range(every, total, every)) if every else [total // 3, 2 * total // 3]
+
+    def validate(self, name: str, run: DreamBoothRun) -> None:
+        """Samples after the present step: prompts of one's own to validation/, the subject's for their scores.
+
+        The scores are added to the run's points, which outlive an interruption.
+        """
+        if texts := prompts_of(self.config.validation_prompts):
+            images = generate(run.pipeline, texts, **self.sampling.values())
+            save_grid([images], run.trainer.output_dir / "validation", run.trainer.step)
+            return
         images = self.sample(run.pipeline, self.prompts, f"{name}-{self.subject.name}-underway")
         run.points.append(_point(run.trainer.step, self._scores(images)))
 

@@ -85,7 +85,9 @@ def load_subject(
             f"{looked_in(subject)}")  # fmt: skip
     if not (class_word := class_word or classes.get(folder.name)):
         raise ValueError(f"class_word is None: expected what {folder} shows, such as dog")
-    images, skipped = _open_images(folder)
+    images, skipped = open_images(folder)
+    if not 3 <= len(images) <= 10:
+        print(f"{folder.name}: {len(images)} images; DreamBooth is made for 3 to 10")
     templates = dreambooth_templates(class_word.lower() in LIVE if live is None else live)
     return Subject(folder.name, class_word, images, ("a {}",) * len(images), templates, (f"a {class_word}",), skipped)
 
@@ -101,7 +103,8 @@ def _storybook_subject(name: str) -> Subject:
     return Subject(name, class_word, images, templates[:5], templates, tuple(prompts), [])
 
 
-def _open_images(folder: Path) -> tuple[tuple[Image.Image, ...], Skipped]:
+def open_images(folder: Path) -> tuple[tuple[Image.Image, ...], Skipped]:
+    """The readable images of a folder by name, and (file, reason) of the others; ValueError where there is none."""
     images, skipped = [], []
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         try:
@@ -111,8 +114,6 @@ def _open_images(folder: Path) -> tuple[tuple[Image.Image, ...], Skipped]:
     if not images:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
         raise ValueError(f"{folder} has no readable image: expected 3 to 10 of the subject ({reasons})")
-    if not 3 <= len(images) <= 10:
-        print(f"{folder.name}: {len(images)} images; DreamBooth is made for 3 to 10")
     return tuple(images), skipped
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle, islice
 
 import torch
 from PIL import Image
 
 from ..config.base import Config
 from ..config.evaluation import FolderSampling
+from ..config.shared import prompts_of
 from ..data.rendering import render
 from ..data.scenes import Scene, sample_scene
 from ..models.pipelines import Pipeline
@@ -25,6 +28,26 @@ PROMPTS = (
 )  # fmt: skip
 
 
+PREVIEWED = 8  # of storybook's validation images
+
+
+@dataclass(frozen=True)
+class FixedPrompts:
+    """Prompts that any pipeline samples from the same noise, and the CLIP that scores the images, if one is at hand."""
+
+    captions: Sequence[str]
+    sampling: FolderSampling
+    clip: MetricClip | None
+
+    def sample(self, pipeline: Pipeline) -> list[Image.Image]:
+        """One image for each prompt."""
+        return generate(pipeline, self.captions, **self.sampling.values())
+
+    def scores(self, images: Sequence[Image.Image]) -> dict[str, float]:
+        """CLIP score of one image for each prompt; empty without a CLIP model."""
+        return {"clip_score": round(clip_score(self.clip, images, self.captions), 4)} if self.clip else {}
+
+
 class Scorer:
     """Samples the same captions from the same noise with any pipeline, and scores the images.
 
@@ -33,14 +56,14 @@ class Scorer:
 
     Args:
         config: has clip, num_images and fields of `FolderSampling`; may have preset, train_data_dir,
-            sampling_batch_size and num_validation_images.
+            sampling_batch_size, num_validation_images and validation_prompts.
     """
 
     def __init__(self, config: Config, device: str = "cpu"):
         values = config.values()
         own_data = values.get("train_data_dir") is not None  # storybook's CLIP model knows no other images
         self.storybook = values.get("preset", "storybook") == "storybook" and not own_data
-        self.config = config
+        self.config, self.device = config, device
         self.sampling = config.part(FolderSampling, batch_size=values.get("sampling_batch_size") or 16)
         self.clip = MetricClip(config.clip, device) if config.clip and self.storybook else None
         self.scenes = [sample_scene(i, "test") for i in range(config.num_images)] if self.storybook else []
@@ -72,6 +95,20 @@ class Scorer:
     def validation(self) -> Callable[[Pipeline], dict[str, float]] | None:
         """`validate`, or None without a CLIP model, when nothing could be scored."""
         return self.validate if self.clip else None
+
+    @property
+    def preview(self) -> FixedPrompts:
+        """What teacher and student sample at each validation: `validation_prompts`, in turn, or some of these captions.
+
+        Prompts of one's own are scored where `clip` names a CLIP model.
+        """
+        given = prompts_of(self.config.validation_prompts)
+        count = min(PREVIEWED, self.config.num_validation_images) if self.storybook else None
+        known = [scene.caption for scene in self.validation_scenes[:count]] if self.storybook else PROMPTS
+        prompts = islice(cycle(given or known), count or self.config.num_validation_images)
+        own = self.config.clip and not self.storybook  # `validate` scores more of storybook's
+        clip = MetricClip(self.config.clip, self.device) if own else None
+        return FixedPrompts(list(prompts), self.sampling, clip)
 
     @cached_property
     def validation_scenes(self) -> list[Scene]:

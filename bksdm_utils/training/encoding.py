@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
 from ..core.families import TextConditioning
 from ..data.images import to_pixels
+
+
+def crop_centres(name: str, count: int) -> list[tuple[float, float]]:
+    """Where an image is cropped, as `to_pixels` takes it: the middle, or `count` positions that follow from its name.
+
+    They follow from nothing else, so that runs of any seed share what was encoded.
+    """
+    if not count:
+        return [(0.5, 0.5)]
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+    return [(float(x), float(y)) for x, y in rng.random((count, 2))]
 
 
 def encoding_batch(resolution: int) -> int:

@@ -18,17 +18,19 @@ from ..core.families import TextConditioning
 from ..core.losses import Batch, Distillation, LossWeights
 from ..core.plans import RemovalPlan
 from ..core.surgery import build_student
-from ..core.taps import tap_pairs
+from ..core.taps import published_inert, tap_pairs
 from ..files import CsvLog, folder_lock, read_log
 from ..models.devices import DTYPES, supported_precision
 from ..models.pipelines import Pipeline, load_pipeline, with_unet
 from .batches import KDBatches
+from .checkpoints import Checkpoints
 from .latents import LatentDataset, load_data
 from .micro_batch import find_micro_batch
+from .preview import Preview, PreviewFolder
 from .speed import speed_up
 from .step import Step
 from .streams import StreamedDataset
-from .trainer import Trainer
+from .trainer import Trainer, fixed_settings
 
 LOGS = ("log.csv", "validation.csv")
 Validation = Callable[[Pipeline], Mapping[str, float]]  # scores of a pipeline
@@ -41,6 +43,7 @@ class KDJob:
     Attributes:
         pairs: (teacher module, student module) whose outputs are compared.
         validate_pipeline: called with the pipeline around the averaged student; it returns scores. None scores nothing.
+        preview: the validation prompts, sampled by teacher and averaged student; None samples none.
     """
 
     config: KDTraining
@@ -53,6 +56,7 @@ class KDJob:
     noise_schedule: DDPMScheduler
     pairs: list[tuple[str, str]]
     validate_pipeline: Validation | None
+    preview: PreviewFolder | None = None
     trainer: Trainer | None = None
     log: CsvLog | None = field(default=None, repr=False)
     validation: CsvLog | None = field(default=None, repr=False)
@@ -97,13 +101,15 @@ class KDJob:
         processes.launch(self.dir, num_processes)
         for _ in processes.follow(self.dir):
             yield tuple(read_log(self.dir / name) for name in LOGS)
+        self.config = self.config.but(resume=True, checkpoint=None)  # they went on from there
         self.begin(resume=True)
 
     def distillation_of(self, student: UNet2DConditionModel, config: KDTraining) -> Distillation:
         """The losses of `student` with these parameters, by this run's teacher."""
         taps = tap_pairs(self.plan, self.pipe.unet.config, config.kd)
-        weights = loss_weights(config)
-        return Distillation(self.pipe.unet, student, self.conditioning, self.noise_schedule, taps, weights)
+        inert = published_inert(taps) if config.published_tiny else ()
+        parts = self.pipe.unet, student, self.conditioning, self.noise_schedule
+        return Distillation(*parts, taps, loss_weights(config), inert)
 
     def batches(self, config: KDTraining) -> KDBatches:
         """This run's data as batches, augmented with these parameters."""
@@ -119,8 +125,10 @@ class KDJob:
         config = self.config
         augmentation = {"caption_dropout": config.caption_dropout, "random_conditioning": config.random_conditioning,
                         "noise_offset": config.noise_offset}  # fmt: skip
-        return {"teacher": config.teacher, "plan": self.plan, "data": self.data.key, "taps": config.kd,
-                "weights": self.distillation.weights, "augmentation": augmentation}  # fmt: skip
+        taps = config.kd + ", published_tiny" * config.published_tiny
+        return {"teacher": config.teacher, "plan": self.plan, "data": self.data.key, "taps": taps,
+                "weights": self.distillation.weights, "augmentation": augmentation,
+                "copy_weights": config.copy_weights}  # fmt: skip
 
     def steps(self) -> Iterator[Step]:
         """The loop: one optimizer step after another, each logged; at intervals the averaged student is validated."""
@@ -141,21 +149,45 @@ class KDJob:
             self.distillation.close()
 
     def validate(self) -> None:
-        """Scores images of the averaged student, on the same captions and noise each time; needs a metric network."""
+        """Samples and scores the averaged student, on the same captions and noise each time.
+
+        Scores need a metric network; the images are saved beside the teacher's.
+        """
         trainer = self.trainer
-        if not trainer.accelerator.is_main_process or self.validate_pipeline is None:
+        if not trainer.accelerator.is_main_process or not (self.validate_pipeline or self.preview):
             return
         with trainer.ema_weights() as averaged:
-            trainer.scores = self.validate_pipeline(with_unet(self.pipe, averaged))
+            student = with_unet(self.pipe, averaged)
+            trainer.scores = dict(self.validate_pipeline(student)) if self.validate_pipeline else {}
+            if self.preview:
+                grid, scores = self.preview.sample(self.pipe, student, trainer.step)
+                trainer.scores |= scores
+                trainer.track_images(grid)
         self.validation.append({"step": trainer.step, **trainer.scores})
         trainer.track(trainer.scores)
 
 
-def prepare(config: KDTraining, folder: Path, device: str, validate: Validation | None) -> KDJob:
-    """Loads the teacher, cuts the student out of it, encodes or opens the data."""
+def check_resumption(config: KDTraining, folder: Path, device: str) -> None:
+    """Raises ValueError where there is no checkpoint of this name, or one with other settings, before any loading."""
+    settings = training_settings(config, device)
+    checkpoints = Checkpoints(folder, "unet", settings.checkpoints_kept)
+    if config.resume and (newest := checkpoints.find(config.checkpoint)):
+        checkpoints.check(newest, fixed_settings(settings), config.max_train_steps)
+
+
+def prepare(
+    config: KDTraining, folder: Path, device: str, validate: Validation | None, preview: Preview | None = None
+) -> KDJob:
+    """Loads the teacher, cuts the student out of it, encodes or opens the data.
+
+    Raises:
+        ValueError: among others, a checkpoint to resume from that is missing or of another run.
+    """
+    check_resumption(config, folder, device)
     pipe = load_pipeline(config.teacher, device)
     plan = find_plan(config.variant, pipe.unet.config)
-    student = build_student(pipe.unet, plan)  # in full precision, from the teacher before it is rounded
+    # In full precision, from the teacher before it is rounded.
+    student = build_student(pipe.unet, plan, copy=config.copy_weights, seed=config.seed)
     data = load_data(config, pipe, config.seed)  # latents too: the autoencoder stays in full precision
     conditioning = TextConditioning(pipe, config.resolution)
     for part in (pipe.unet, *conditioning.encoders):
@@ -163,7 +195,7 @@ def prepare(config: KDTraining, folder: Path, device: str, validate: Validation 
     speed_up(pipe.unet, student, config)
     return KDJob(
         config, plan, folder, pipe, student, data, conditioning, DDPMScheduler.from_config(pipe.scheduler.config),
-        tap_pairs(plan, pipe.unet.config, config.kd), validate,
+        tap_pairs(plan, pipe.unet.config, config.kd), validate, preview and PreviewFolder(folder, preview),
     )  # fmt: skip
 
 
@@ -206,16 +238,18 @@ def describe(job: KDJob) -> str:
     gb = {name: f"{name} {size / 1e9:.2f}" for name, size in job.trainer.training_bytes().items()}
     frozen = (job.pipe.unet, job.pipe.vae, *job.conditioning.encoders)
     teacher = sum(p.numel() * p.element_size() for part in frozen for p in part.parameters())
-    kept, one = job.trainer.config.checkpoints_kept, job.trainer.checkpoint_bytes
+    kept, one = job.trainer.config.checkpoints_kept or "all", job.trainer.checkpoint_bytes
     return (f"memory in GB, beside activations: {', '.join(gb.values())}, teacher and its other parts "
             f"{teacher / 1e9:.2f}; disk: {kept} checkpoints of {one / 1e9:.2f} GB")  # fmt: skip
 
 
-def train(config: KDTraining, folder: Path, device: str, validate: Validation | None) -> None:
-    """Trains to the end, in as many processes as it is launched in; leaves checkpoints, unet, unet_ema."""
+def train(
+    config: KDTraining, folder: Path, device: str, validate: Validation | None, preview: Preview | None = None
+) -> None:
+    """Trains to the end, in as many processes as it is launched in; leaves checkpoints, unet, and with EMA unet_ema."""
     state, printed = PartialState(cpu=device == "cpu"), 0.0
     with folder_lock(folder):
-        job = prepare(config, folder, device, validate)
+        job = prepare(config, folder, device, validate, preview)
         job.begin(resume=config.resume)
         for step in job.steps():
             if state.is_main_process and time.monotonic() - printed > 10:

@@ -23,7 +23,7 @@ from ..data.images import to_pixels
 from ..data.sources import load_examples
 from ..files import ROOT, check_disk, in_threads
 from ..models.devices import memory_advice
-from .encoding import encoding_batch, posterior, token_ids, tokenizers
+from .encoding import crop_centres, encoding_batch, posterior, token_ids, tokenizers
 from .rng import BatchRng
 from .step import shared_work
 from .streams import StreamedDataset
@@ -72,7 +72,10 @@ class LatentDataset:
         return len(self)
 
     def moments(self, indices: Sequence[int], sides: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w); side 1 is the mirrored image."""
+        """Mean and standard deviation of the VAE's posterior, scaled, (B, 4, h, w), of one view of each image.
+
+        Views are numbered crop by crop, the mirrored one, if any, after the plain one.
+        """
         shards = [int(np.searchsorted(self._starts, i, "right")) - 1 for i in indices]
         rows = [(self._files[shard], i - int(self._starts[shard]), side)
                 for shard, i, side in zip(shards, indices, sides, strict=True)]  # fmt: skip
@@ -95,8 +98,8 @@ class LatentDataset:
 def load_latents(config: TrainingData, pipeline: DiffusionPipeline) -> LatentDataset:
     """The preset's training data as latents; what is missing in the cache is computed, shard by shard.
 
-    The cache's key is a hash of every image and caption, the VAE's weights, the tokenizers, resolution and mirroring;
-    for a table, of `datasets`' fingerprint instead of its images: for files their path and time of change.
+    The cache's key is a hash of every image and caption, the VAE's weights, the tokenizers, resolution, crop and
+    mirroring; for a table, of `datasets`' fingerprint instead of its images: for files their path and time of change.
     A build that was killed continues with the missing shards; several processes share them.
 
     Raises:
@@ -104,6 +107,7 @@ def load_latents(config: TrainingData, pipeline: DiffusionPipeline) -> LatentDat
         OSError: a shard could not be written; those before it are kept.
     """
     examples, skipped = load_examples(config)
+    examples = examples[: config.max_train_samples]
     key = _cache_key(examples, config, pipeline)
     folder = Path(config.cache_dir or ROOT / "outputs" / "cache") / f"latents-{key}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +127,9 @@ def load_latents(config: TrainingData, pipeline: DiffusionPipeline) -> LatentDat
 
 
 def cache_bytes(config: TrainingData, pipeline: DiffusionPipeline, num_examples: int) -> int:
-    """Bytes of the cached latents: fp16 mean and standard deviation, for both flips where images may be mirrored."""
+    """Bytes of the cached latents: fp16 mean and standard deviation of every crop, both flips with mirroring."""
     side = config.resolution // pipeline.vae_scale_factor
-    return num_examples * (1 + config.flip) * 2 * 2 * pipeline.vae.config.latent_channels * side**2
+    return num_examples * config.num_views * 2 * 2 * pipeline.vae.config.latent_channels * side**2
 
 
 def _readable(path: Path) -> bool:
@@ -137,7 +141,7 @@ def _readable(path: Path) -> bool:
 
 
 def _cache_key(examples: Sequence[Example], config: TrainingData, pipeline: DiffusionPipeline) -> str:
-    facts = f"2-{config.resolution}-centre-{config.flip}-{pipeline.vae.config.scaling_factor}-{SHARD_SIZE}"
+    facts = f"2-{config.resolution}-{config.crop_key}-{config.flip}-{pipeline.vae.config.scaling_factor}-{SHARD_SIZE}"
     digest = hashlib.sha256(facts.encode())
     for example in examples:
         digest.update("\x00".join((example.key, *example.captions)).encode())
@@ -151,19 +155,18 @@ def _cache_key(examples: Sequence[Example], config: TrainingData, pipeline: Diff
 
 @torch.no_grad()
 def encode(examples: Sequence[Example], chosen: range, config: TrainingData, pipeline: DiffusionPipeline) -> dict:
-    """One shard: scaled moments of the VAE's posterior in fp16, mean and std (n, F, 4, h, w), F 2 with mirrored
-    images; `index` of the examples used (n,); `token_ids` of their captions; `failed`, (name, reason) of the others.
+    """One shard: scaled moments of the VAE's posterior in fp16, mean and std (n, F, 4, h, w) of the F views of each
+    image; `index` of the examples used (n,); `token_ids` of their captions; `failed`, (name, reason) of the others.
     """
-    sides, failed = 1 + config.flip, []
-    size = config.resolution // pipeline.vae_scale_factor
-    moments = [torch.zeros(0, sides, 2, pipeline.vae.config.latent_channels, size, size)]
+    failed, size = [], config.resolution // pipeline.vae_scale_factor
+    moments = [torch.zeros(0, config.num_views, 2, pipeline.vae.config.latent_channels, size, size)]
     index: list[int] = []
-    opened = _opened(examples, chosen, config.resolution, failed)
+    opened = _opened(examples, chosen, config, failed)
     while batch := list(islice(opened, encoding_batch(config.resolution))):
         index += [i for i, _ in batch]
-        pixels = torch.stack([pixels for _, pixels in batch])
-        flipped = [pixels, pixels.flip(-1)][:sides]
-        moments.append(torch.stack([torch.stack(posterior(pipeline, side), 1) for side in flipped], 1).cpu())
+        crops = torch.stack([crops for _, crops in batch]).unbind(1)
+        views = [view for crop in crops for view in (crop, crop.flip(-1))[: 1 + config.flip]]
+        moments.append(torch.stack([torch.stack(posterior(pipeline, view), 1) for view in views], 1).cpu())
     mean, std = torch.cat(moments).half().unbind(2)
     captions = [caption for i in index for caption in examples[i].captions]
     ids = token_ids(pipeline, captions or [""])[: len(captions)].int()
@@ -171,12 +174,14 @@ def encode(examples: Sequence[Example], chosen: range, config: TrainingData, pip
             "token_ids": ids, "failed": failed}  # fmt: skip
 
 
-def _opened(examples, chosen: range, resolution: int, failed: Skipped) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, pixels) of the readable images; the others are appended to `failed`."""
+def _opened(examples, chosen: range, config: TrainingData, failed: Skipped) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, crops (C, 3, H, W)) of the readable images; the others are appended to `failed`."""
 
     def opened(i: int):
         try:
-            return i, to_pixels(examples[i].open(), resolution), None
+            image, centres = examples[i].open(), crop_centres(examples[i].key, config.random_crops)
+            crops = [to_pixels(image, config.resolution, centre, config.interpolation) for centre in centres]
+            return i, torch.stack(crops), None
         except Exception as error:  # PIL raises many kinds for a broken file; each sets that one image aside
             return i, None, f"unreadable image: {error}"
 

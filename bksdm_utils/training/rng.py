@@ -42,6 +42,11 @@ class BatchRng:
         states = [np.random.SeedSequence((self.seed, self.step, p)).generate_state(2) for p in self.positions]
         return [torch.Generator().manual_seed(int(a) << 32 | int(b)) for a, b in states]
 
+    @property
+    def batch_seed(self) -> int:
+        """One seed for the whole micro-batch, of what has no generator for each example, such as dropout."""
+        return int(np.random.SeedSequence((self.seed, self.step, self.positions.start, 1)).generate_state(1)[0])
+
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal values, (batch, *shape), on the CPU."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators])

@@ -42,7 +42,7 @@ class StreamedDataset:
         self.config, self.pipeline, self.seed = config, pipeline, seed
         self.empty_ids, self.skipped, self._known = token_ids(pipeline, [""]), [], set()
         self.key = (f"{config.train_data_dir} {config.image_column} {config.caption_column} {config.resolution} "
-                    f"{config.flip}")  # fmt: skip
+                    f"{config.flip}" + f" {config.crop_key}" * (config.crop_key != "centre"))  # fmt: skip
         side = config.resolution // pipeline.vae_scale_factor
         self.shape = (pipeline.vae.config.latent_channels, side, side)
         self._table = open_table(config, streaming=True)
@@ -52,7 +52,10 @@ class StreamedDataset:
     def batch(self, rng: BatchRng) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (B, 4, h, w) sampled from the posterior, on the VAE's device, and token ids (B, T) or (B, 2, T)."""
         rows = self._global_batch(rng.step, rng.global_batch_size)
-        opened = list(in_threads(lambda position: self._usable(rows, position), rng.positions))
+        centres = [(0.5, 0.5)] * len(rng.positions)
+        if self.config.random_crops:
+            centres = list(zip(*(rng.uniform().tolist() for _ in "xy"), strict=True))
+        opened = list(in_threads(lambda item: self._usable(rows, *item), zip(rng.positions, centres, strict=True)))
         sides = rng.integers(1 + self.config.flip).tolist()
         pixels = torch.stack([p.flip(-1) if side else p for (p, _), side in zip(opened, sides, strict=True)])
         with torch.no_grad():
@@ -78,12 +81,15 @@ class StreamedDataset:
                 continue
         return ("",)
 
-    def _usable(self, rows: Sequence[Mapping], position: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def _usable(
+        self, rows: Sequence[Mapping], position: int, centre: tuple[float, float]
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
         for offset in range(len(rows)):
             row = rows[(position + offset) % len(rows)]
             try:
                 captions = captions_of(row["text"])
-                return to_pixels(open_image(row["image"]), self.config.resolution), captions
+                image, config = open_image(row["image"]), self.config
+                return to_pixels(image, config.resolution, centre, config.interpolation), captions
             except Exception as error:  # an unreadable image, of whatever kind
                 self._set_aside((row["image"] or {}).get("path") or row["row"], str(error))
         raise ValueError(f"{self.config.train_data_dir}: none of {len(rows)} rows is usable ({self.skipped[-1]})")

@@ -7,6 +7,7 @@ that was killed and resumed, or that is spread over two processes, gets the same
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from ..config.training import Training
 from ..files import check_disk, folder_lock, write_json
@@ -27,8 +30,9 @@ from .rng import BatchRng
 from .step import Step, signals_noted
 
 LossFunction = Callable[[torch.nn.Module, object], dict[str, torch.Tensor]]  # (model, batch) -> losses by name
-FIXED = ("seed", "global_batch_size", "weight_decay", "max_grad_norm", "adam_beta2", "ema_decay", "optimizer",
-         "mixed_precision")  # fmt: skip
+FIXED = ("seed", "global_batch_size", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
+         "ema_decay", "optimizer", "mixed_precision", "lr_schedule", "lr_warmup_steps", "lr_decay_start",
+         "lr_num_cycles", "lr_power", "scale_lr")  # fmt: skip
 
 
 class Trainer:
@@ -38,9 +42,10 @@ class Trainer:
     trainer.ema_weights():` it has the averaged ones.
 
     Args:
-        resume: continue from the newest checkpoint in `output_dir`, if there is one.
+        resume: continue from `config.checkpoint`, or the newest one in `output_dir`, if there is one.
         fingerprint: what else must be as it was for a resumption to be the same run: teacher, data, loss weights …
         name: of the model's folders: `name` has raw weights, `name`_ema averaged ones.
+        rates: beginning of parameters' names -> factor of their learning rate; 1 for all others.
 
     Attributes:
         scores: what the caller last measured; written beside every checkpoint.
@@ -51,7 +56,7 @@ class Trainer:
 
     def __init__(
         self, model: torch.nn.Module, config: Training, output_dir: str | Path, resume: bool = False,
-        fingerprint: Mapping[str, object] | None = None, name: str = "model",
+        fingerprint: Mapping[str, object] | None = None, name: str = "model", rates: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.config, self.output_dir, self.model, self.name = config, Path(output_dir), model, name
         self.fingerprint = {key: str(value) for key, value in (fingerprint or {}).items()}
@@ -64,10 +69,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.micro_batch_size, self.num_micro_batches = config.micro_batches(self.accelerator.num_processes)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = self._new_optimizer()
+        optimizer = self._new_optimizer(rates or {})
         averaged = self.parameters if config.ema_decay else []  # without an average it takes no memory
         self.ema = Average(averaged, config.ema_decay, config.ema_device)
         self.step, self.scores, self.tracking = 0, {}, False
+        self.drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
         if self.on_gpu:
             torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
             torch.cuda.reset_peak_memory_stats()  # this run's peak, not that of one before it in this process
@@ -85,7 +91,7 @@ class Trainer:
         """The context of a forward pass in the run's precision."""
         return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    def _new_optimizer(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
         kind, options = torch.optim.AdamW, {"fused": True} if self.on_gpu else {}
         if self.config.optimizer == "adamw_8bit":
             try:
@@ -95,8 +101,14 @@ class Trainer:
             except ImportError as error:
                 raise ValueError("optimizer='adamw_8bit' needs bitsandbytes: pip install 'bksdm_utils[gpu]', or use "
                                  "'adamw'") from error  # fmt: skip
-        betas = (0.9, self.config.adam_beta2)
-        return kind(self.parameters, self.config.learning_rate, betas, weight_decay=self.config.weight_decay, **options)
+        config, groups = self.config, {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                factor = next((factor for start, factor in rates.items() if name.startswith(start)), 1.0)
+                groups.setdefault(factor, []).append(p)
+        return kind([{"params": group, "factor": factor} for factor, group in groups.items()], config.learning_rate,
+                    (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay,
+                    **options)  # fmt: skip
 
     def steps(self, loss_function: LossFunction, batches) -> Iterator[Step]:
         """Trains, yielding after every optimizer step; the caller owns logging, plots and validation.
@@ -116,8 +128,7 @@ class Trainer:
         micro_batches = self._micro_batches(batches)
         with folder_lock(self.output_dir), signals_noted() as signals:
             if self.config.checkpoint_steps and self.accelerator.is_main_process:
-                more = max(1, self.config.checkpoints_kept + 1 - len(self.checkpoints.all))
-                check_disk(self.output_dir, more * self.checkpoint_bytes, "checkpoints")
+                check_disk(self.output_dir, self._checkpoints_to_come() * self.checkpoint_bytes, "checkpoints")
             while self.step < self.config.max_train_steps:
                 with memory_advice(f"training on micro-batches of {self.micro_batch_size}"):
                     step = self._step(loss_function, micro_batches)
@@ -129,6 +140,13 @@ class Trainer:
                     self._try_to_save()
                 if signum:
                     self._stop(signum)
+
+    def _checkpoints_to_come(self) -> int:
+        """How many more the disk must hold at once."""
+        config = self.config
+        if not config.checkpoints_kept:
+            return -(-(config.max_train_steps - self.step) // config.checkpoint_steps)
+        return max(1, config.checkpoints_kept + 1 - len(self.checkpoints.all))
 
     def _agreed(self, signals: list[int]) -> int:
         """The signal that any of the processes got, 0 for none, so that all stop after the same step."""
@@ -156,10 +174,10 @@ class Trainer:
         started = time.perf_counter()
         rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)  # a checkpoint of an earlier version has none
         losses = self._backward(loss_function, micro_batches)
         self.scaler.unscale_(self.optimizer)
-        losses["norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        losses["norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         # The only time that the host waits for a GPU; so `seconds` has the optimizer's share of the step before.
         values = dict(zip(losses, torch.stack([v.float() for v in losses.values()]).tolist(), strict=True))
         norm = values.pop("norm")
@@ -195,6 +213,8 @@ class Trainer:
         total = {}
         for k in range(self.num_micro_batches):
             batch = next(micro_batches)
+            if self.drops:  # a resumed run drops what it would have dropped
+                torch.manual_seed(self._rng(self.step, k, None).batch_seed)
             self.wrapped.require_backward_grad_sync = k == self.num_micro_batches - 1
             with self.autocast():
                 losses = loss_function(self.wrapped, batch)
@@ -224,11 +244,21 @@ class Trainer:
 
     def track(self, values: Mapping[str, float]) -> None:
         """Gives values to the trackers, under the present step."""
+        self._init_trackers()
+        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=self.step)
+
+    def track_images(self, grid: Image.Image) -> None:
+        """Gives an image of the validation to the trackers, under the present step."""
+        self._init_trackers()
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=self.step, **layout)
+
+    def _init_trackers(self) -> None:
         if not self.tracking:
             settings = self.config.values() | self.fingerprint
             self.accelerator.init_trackers("bksdm", {name: str(value) for name, value in settings.items()})
             self.tracking = True
-        self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=self.step)
 
     def finish_tracking(self) -> None:
         """Flushes the trackers."""
@@ -271,20 +301,30 @@ class Trainer:
         torch.save(state, folder / "optimizer.pt")
         info = {"step": self.step, "ema_steps": self.ema.optimization_step, "ema_behind": self.ema.behind,
                 "scores": self.scores}  # fmt: skip
-        write_json(folder / "step.json", {**info, "fixed": self._fixed()})
+        write_json(folder / "step.json", {**info, "fixed": fixed_settings(self.config) | self.fingerprint})
 
     def save_models(self) -> None:
-        """Saves the raw weights as folder `name` and the averaged ones as `name`_ema, each a plain diffusers model."""
+        """Saves the raw weights as `name` and the averaged ones, if any, as `name`_ema: plain diffusers folders."""
         save_model(self.model, self.output_dir / self.name)
+        averaged = self.output_dir / f"{self.name}_ema"
+        if not self.config.ema_decay:
+            shutil.rmtree(averaged, ignore_errors=True)  # of an earlier run
+            return
         with self.ema_weights() as model:
-            save_model(model, self.output_dir / f"{self.name}_ema")
+            save_model(model, averaged)
+
+    @property
+    def result(self) -> Path:
+        """The folder of `save_models` whose weights validation uses: the averaged ones, where there are any."""
+        return self.output_dir / (f"{self.name}_ema" if self.config.ema_decay else self.name)
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        folder = self.checkpoints.newest
+        folder = self.checkpoints.find(self.config.checkpoint)
         if folder is None:
             print(f"nothing to resume in {self.output_dir.name}: starting from the first step")
             return
-        saved = self.checkpoints.read(folder, bool(self.config.ema_decay), self._fixed(), self.config.max_train_steps)
+        fixed = fixed_settings(self.config) | self.fingerprint
+        saved = self.checkpoints.read(folder, bool(self.config.ema_decay), fixed, self.config.max_train_steps)
         keys = self.model.load_state_dict(saved.weights, strict=False)
         missing = set(keys.missing_keys) & set(trained_state(self.model))
         if missing or keys.unexpected_keys:
@@ -298,7 +338,10 @@ class Trainer:
             shadow.data.copy_(saved.averaged[name])
         self.ema.optimization_step, self.ema.behind = saved.info["ema_steps"], saved.info["ema_behind"]
         self.step, self.scores = saved.info["step"], saved.info["scores"]
+        if self.accelerator.is_main_process:
+            self.checkpoints.set_aside(folder)
 
-    def _fixed(self) -> dict[str, object]:
-        """What must not change between a run and its resumption; rates and lengths may."""
-        return {name: getattr(self.config, name) for name in FIXED} | self.fingerprint
+
+def fixed_settings(config: Training) -> dict[str, object]:
+    """What must not change between a run and its resumption; the highest rate and the length may."""
+    return {name: getattr(config, name) for name in FIXED}

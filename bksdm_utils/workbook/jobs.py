@@ -16,14 +16,15 @@ from ..training.job import KDJob, prepare, train
 def prepare_training(config: KDTraining, folder: Path) -> tuple[KDJob, Scorer]:
     """A distillation run and the scorer that validates it."""
     scorer = Scorer(config, config.device)
-    return prepare(config, folder, config.device, scorer.validation), scorer
+    return prepare(config, folder, config.device, scorer.validation, scorer.preview), scorer
 
 
 def run_job(config: KDTraining | SampleFolder, folder: Path) -> None:
     """Trains, or samples, to the end; whoever follows the processes can read how it ended."""
     try:
         if isinstance(config, KDTraining):
-            train(config, folder, config.device, Scorer(config, config.device).validation)
+            scorer = Scorer(config, config.device)
+            train(config, folder, config.device, scorer.validation, scorer.preview)
         else:
             sample(config, folder)
     except Exception as error:

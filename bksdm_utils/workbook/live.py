@@ -5,18 +5,22 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import HTML, display
+from IPython.display import Image as DisplayedImage
 from matplotlib.figure import Figure
 
 from ..core.plans import RemovalPlan, free_plan, identity_plan
 from ..evaluation.folders import Progress
+from ..training.preview import newest_grid
 from .figures import curves, image_grid
 from .surgery import architecture
 
@@ -60,10 +64,16 @@ class LiveFigure:
 
 
 class Live:
-    """Lines and curves of a running training; `goal` has the teacher's validation scores by name."""
+    """Lines, curves and the newest validation images of a running training.
 
-    def __init__(self, max_train_steps: int, goal: Mapping[str, float]):
+    Args:
+        goal: the teacher's validation scores by name.
+        folder: of the run; None shows no images.
+    """
+
+    def __init__(self, max_train_steps: int, goal: Mapping[str, float], folder: Path | None = None):
         self.goal, self.lines, self.figure = goal, ProgressLines(max_train_steps), LiveFigure()
+        self.folder, self.grid, self.grid_handle = folder, None, None
 
     def update(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> None:
         """Call it after every step, or now and then, with all rows of log and validation until then."""
@@ -72,6 +82,11 @@ class Live:
             self.lines.update(step, f"step {step:,} of {self.lines.total:,}: loss {rows[-1]['loss']:.4f}")
             if self.figure.due():
                 self.draw(rows, validation)
+        grid = newest_grid(self.folder) if self.folder else None
+        if grid and grid != self.grid:
+            self.grid, self.grid_handle = grid, self.grid_handle or display(display_id=True)
+            if self.grid_handle is not None:  # None outside a notebook
+                self.grid_handle.update(DisplayedImage(filename=str(grid)))
 
     def draw(self, rows: Sequence[Mapping], validation: Sequence[Mapping]) -> Figure:
         """Draws losses, taps and validation scores in place of the earlier ones; call it after the last step too."""
@@ -83,7 +98,7 @@ class Live:
         panels = {"loss": series("loss_", "loss_task", "loss_output", "loss_feature"),
                   "feature loss of each tap": series("feature/")}  # fmt: skip
         for name, title in {"clip_score": "validation CLIP score", "fid": "validation FID"}.items():
-            if scored := [(row["step"], row[name]) for row in validation if row[name] == row[name]]:  # no NaN
+            if scored := [(row["step"], row[name]) for row in validation if math.isfinite(row.get(name, math.nan))]:
                 panels[title] = {"EMA student": scored, "teacher": [(step, self.goal[name]) for step, _ in scored]}
         shown = {title: lines for title, lines in panels.items() if lines}
         log = ("loss", "feature loss of each tap", "validation FID")

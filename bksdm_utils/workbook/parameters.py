@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from ..config.base import Config
+from ..config.base import Config, heading_of
 from ..config.deploy import DemoAndExport
 from ..config.dreambooth import DreamBoothTraining
 from ..config.evaluation import CocoEvaluation, Results
@@ -45,13 +45,23 @@ def literal(field: FieldInfo) -> str:
 
 
 def parameters_cell(kind: type[Config]) -> str:
-    """The source of a notebook's parameters cell: name, default and description of every parameter."""
-    return "\n".join(f"{name} = {literal(field)}  # {field.description}" for name, field in kind.model_fields.items())
+    """The source of a notebook's parameters cell: name, default and description of every parameter, in groups."""
+    return _lines(kind, lambda name, field: f"{name} = {literal(field)}  # {field.description}", "# --- ")
 
 
 def parameters_help(kind: type[Config]) -> str:
     """The same as help text."""
-    return "\n".join(f"  {name:<28} {f.description} [{literal(f)}]" for name, f in kind.model_fields.items())
+    return _lines(kind, lambda name, field: f"  {name:<28} {field.description} [{literal(field)}]", " ")
+
+
+def _lines(kind: type[Config], line: Callable[[str, FieldInfo], str], mark: str) -> str:
+    """A line for each parameter, the heading of its group above the first."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        if heading := heading_of(field):
+            lines.append(mark + heading)
+        lines.append(line(name, field))
+    return "\n".join(lines)
 
 
 def assigned_parameters(sources: Iterable[str], kind: type[Config]) -> set[str]:

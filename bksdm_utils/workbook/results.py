@@ -32,10 +32,10 @@ LEARNER = ["preset", "learner", "steps", "settings"]
 # These parameters do not change a result, or have a column of their own.
 NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "protocol", "students", "models", "methods",
               "untrained", "guidances", "num_guidance_images", "device", "num_processes", "output_dir", "cache_dir",
-              "images_dir", "dataset_dir", "resume", "checkpoint_steps", "checkpoints_kept", "keep_models", "trackers",
-              "validation_steps", "num_validation_images", "ablation", "ablation_steps", "ablation_seeds",
-              "drift_steps", "find_batch_size", "ema_device", "gradient_checkpointing", "channels_last",
-              "compiled", "tf32", "low_precision_norms"}  # fmt: skip
+              "images_dir", "dataset_dir", "resume", "checkpoint", "checkpoint_steps", "checkpoints_kept",
+              "keep_models", "trackers", "validation_steps", "validation_prompts", "num_validation_images", "ablation",
+              "ablation_steps", "ablation_seeds", "drift_steps", "find_batch_size", "ema_device",
+              "gradient_checkpointing", "channels_last", "compiled", "tf32", "low_precision_norms"}  # fmt: skip
 FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
            **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}"),

@@ -166,8 +166,10 @@ def run_name(config: Config, swept: Sequence[str] = ()) -> str:
 
 
 def student_folder(config: Config) -> Path:
-    """Where notebook 03 leaves the averaged student of this preset and variant."""
-    return ROOT / "outputs" / "03_kd_training" / folder_name(config.preset, plan_name(config.variant)) / "unet_ema"
+    """Where notebook 03 leaves the student of this preset and variant: averaged, or raw where it kept no average."""
+    folder = ROOT / "outputs" / "03_kd_training" / folder_name(config.preset, plan_name(config.variant))
+    kept = (folder / "unet_ema").is_dir() or not (folder / "unet").is_dir()
+    return folder / ("unet_ema" if kept else "unet")
 
 
 def provenance(device: str) -> dict:

@@ -15,7 +15,8 @@ from bksdm_utils.workbook.parameters import CLASSES
 
 ALL = [*CLASSES.values(), SampleFolder, Demo, Training]
 FIELDS = [(kind, name) for kind in ALL for name in kind.model_fields]
-WITH = {"streaming": {"train_data_dir": "shards"}}  # what a parameter needs beside it
+WITH = {"streaming": {"train_data_dir": "shards"}, "checkpoint": {"resume": True}, "ema_device": {"ema_decay": 0.9},
+        "lr_decay_start": {"lr_schedule": "linear"}}  # what a parameter needs beside it  # fmt: skip
 IDS = [f"{kind.__name__}.{name}" for kind, name in FIELDS]
 
 
@@ -58,8 +59,9 @@ def accepted_and_refused(kind, name):
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=IDS)
 def test_a_value_is_parsed_by_its_type_or_refused_by_name(kind, name):
     good, bad = accepted_and_refused(kind, name)
+    beside = {other: value for other, value in WITH.get(name, {}).items() if other in kind.model_fields}
     for value, parsed in good:
-        assert getattr(kind(**{name: value}, **WITH.get(name, {})), name) == parsed, value
+        assert getattr(kind(**{name: value}, **beside), name) == parsed, value
     for value in bad:
         with pytest.raises(ValueError, match=name) as refused:
             kind(**{name: value})
@@ -183,6 +185,25 @@ def test_contradictions_are_refused():
         CLASSES["05"](num_class_images=0)
     with pytest.raises(ValueError, match="lora_targets"):
         CLASSES["05"](lora_targets="")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        (Training, {"ema_decay": 0, "ema_device": "cpu"}, "without an average"),
+        (Training, {"lr_decay_start": 0.5}, "lr_schedule constant"),
+        (Training, {"lr_schedule": "polynomial", "learning_rate": 1e-8}, "polynomial falls to 1e-07"),
+        (KDTraining, {"checkpoint": "step_00000002"}, "resume=True continues"),
+        (KDTraining, {"published_tiny": True, "variant": "bk_small"}, "bk_tiny's block taps"),
+        (KDTraining, {"published_tiny": True, "variant": "bk_tiny", "kd": "self_attention"}, "bk_tiny's block taps"),
+        (KDTraining, {"streaming": True, "train_data_dir": "x", "max_train_samples": 5}, "max_train_samples needs"),
+        (CLASSES["05"], {"class_images_dir": "x", "prior_loss_weight": 0}, "class_images_dir is for prior"),
+        (CLASSES["05"], {"text_learning_rate": 1e-6, "train_text_encoder": False}, "text_learning_rate is given"),
+    ],
+)
+def test_knobs_that_contradict_each_other_are_refused(kind, values, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**values)
 
 
 def test_what_is_expected_is_said_in_words():

@@ -66,7 +66,7 @@ def test_a_study_samples_trains_scores_and_is_written(config, clip, tmp_path):
     run = prepare(models["teacher"], subject, config, tmp_path / "teacher-lora", study.class_images("teacher"))
     for step in run.steps():
         if step.step == 1:
-            study.score_during("teacher", run)
+            study.validate("teacher", run)
     study.finish("teacher", run)
     assert [point["step"] for point in study.along["teacher, lora"]] == [0, 1, 3]
     assert study.along["teacher, lora"][0]["clip_i"] == before["clip_i"].value

@@ -13,72 +13,17 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import SD_V2, narrow_parts
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
-from safetensors.torch import load_file
+from distilling import losses, newest, prepared, scores, trained, without_clock, write_config
 from transformers import CLIPTextModel
 
 from bksdm_utils.config.training import KDTraining
 from bksdm_utils.evaluation.sampling import generate
-from bksdm_utils.files import read_log, write_json
+from bksdm_utils.files import read_log
 from bksdm_utils.models.configs import teacher_config
 from bksdm_utils.models.pipelines import with_unet
 from bksdm_utils.processes import finished, follow, launch, running, stop
-from bksdm_utils.training.job import LOGS, prepare, train
+from bksdm_utils.training.job import LOGS, train
 from bksdm_utils.training.rng import BatchRng
-
-
-def scores(pipeline):
-    """A validation that takes no time."""
-    return {"score": float(next(pipeline.unet.parameters()).detach().abs().mean())}
-
-
-def write_config(folder, **parameters):
-    """The configuration of a run with these parameters, also as its config.json."""
-    config = KDTraining.filled(device="cpu", **parameters)
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", config.model_dump(mode="json"))
-    return config
-
-
-def prepared(folder, **parameters):
-    return prepare(write_config(folder, **parameters), folder, "cpu", scores)
-
-
-@pytest.fixture
-def narrow(tmp_path, pipeline_dir):
-    """Parameters of a narrow SD-v1 teacher and eight images."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,a cat {i}\n" for i in range(8)))
-    return {
-        "preset": "sd-v1.4", "variant": "bk_small", "teacher": str(pipeline_dir), "train_data_dir": str(folder),
-        "cache_dir": str(tmp_path / "cache"), "resolution": 64, "batch_size": 4, "gradient_accumulation_steps": 1,
-        "max_train_steps": 6, "validation_steps": 2, "checkpoint_steps": 2,
-    }  # fmt: skip
-
-
-def trained(folder, **parameters):
-    """A run in this process, as the notebook does it; its rows and the raw weights of its last step."""
-    job = prepared(folder, **parameters)
-    rows = [rows for rows, _ in job.progress(job.config.num_processes)][-1]
-    return rows, {name: tensor.clone() for name, tensor in job.student.state_dict().items()}
-
-
-def without_clock(rows):
-    """What of a log must not depend on the background load."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "memory_gb")} for r in rows]
-
-
-def losses(rows):
-    return [row["loss"] for row in rows]
-
-
-def newest(folder, part="unet"):
-    last = max((folder / "checkpoints").glob("step_*"))
-    return load_file(last / part / "diffusion_pytorch_model.safetensors")
 
 
 def test_training_to_the_end_equals_the_notebooks_loop(narrow, tmp_path):
