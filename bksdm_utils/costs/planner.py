@@ -161,7 +161,7 @@ def memory_table(title: str, columns: Mapping[str, Mapping[int, Memory]]) -> str
     lines = [f"{title}: GB on one GPU, {CONTEXT / 1e9:.0f} of them for CUDA itself",
              "micro-batch   " + "   ".join(f"{name:>{width}}" for name, width in widths.items())]  # fmt: skip
     for size in next(iter(columns.values())):
-        cells = (f"{memory[size].card / 1e9:>{widths[name]}.1f}" for name, memory in columns.items())
+        cells = (f"{_gb(memory[size]):>{widths[name]}}" for name, memory in columns.items())
         lines.append(f"{size:>11}   " + "   ".join(cells))
     for card in CARDS:
         fits = {name: max((size for size, m in memory.items() if m.card <= card * 1e9), default=0)
@@ -171,8 +171,13 @@ def memory_table(title: str, columns: Mapping[str, Mapping[int, Memory]]) -> str
     return "\n".join(lines)
 
 
+def _gb(memory: Memory) -> str:
+    gb = memory.card / 1e9
+    return f"{gb:.1f}" if gb >= 10 else f"{gb:.2f}"
+
+
 def time_line(tera: float, images: int, steps: int, tflops: float) -> str:
     """How long a training takes whose images need `tera` 10^12 operations each, at a stated throughput."""
     hours = tera * images * steps / tflops / 3600
-    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    return f"{tera:.2f} TFLOP an image: {steps:,} steps of batch {images} take {took} at {tflops:.0f} TFLOP/s"
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.2g} minutes"
+    return f"{tera:.3g} TFLOP an image: {steps:,} steps of batch {images} take {took} at {tflops:.0f} TFLOP/s"

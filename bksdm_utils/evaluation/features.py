@@ -53,8 +53,7 @@ def compute(folder: Path, network: Network, items: Openers) -> tuple[dict[str, n
         while batch := list(islice(ready, batch_size)):
             failed += [(key, reason) for key, reason in batch if isinstance(reason, str)]
             if good := {key: tensor for key, tensor in batch if not isinstance(tensor, str)}:
-                with torch.no_grad():
-                    computed = network.forward(torch.stack(list(good.values()))).float().cpu().numpy()
+                computed = network.rows(list(good.values())).float().cpu().numpy()
                 path, new = folder / f"{len(rows):09d}.safetensors", dict(zip(good, computed, strict=True))
                 save_file(new, path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)

@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ..data.downloads import DOWNLOADS
 from ..data.scenes import COLOURS, OBJECTS, PLACES, SIZES, Thing
 from ..files import ROOT, NotAvailable
+from ..models.devices import memory_advice
 from ..models.hashes import tensors_hash
 from ..models.loading import load
 
@@ -45,11 +46,21 @@ class Network:
     prepare: Callable[[object], torch.Tensor]
     forward: Callable[[torch.Tensor], torch.Tensor]
 
-    @torch.no_grad()
     def __call__(self, items: Sequence[object]) -> torch.Tensor:
         """Rows of images or texts, (N, dim)."""
         batches = [items[start : start + 128] for start in range(0, len(items), 128)]
-        return torch.cat([self.forward(torch.stack([self.prepare(item) for item in batch])) for batch in batches])
+        return torch.cat([self.rows([self.prepare(item) for item in batch]) for batch in batches])
+
+    @torch.no_grad()
+    def rows(self, prepared: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of one batch of what `prepare` gave, (N, dim).
+
+        Raises:
+            RuntimeError: a GPU's memory did not suffice.
+        """
+        with memory_advice(f"scoring {len(prepared)} images or texts at once by {self.name}", "device='cpu'",
+                           "a smaller CLIP model (clip)", "nothing else on this GPU"):  # fmt: skip
+            return self.forward(torch.stack(list(prepared)))
 
 
 class MetricClip:

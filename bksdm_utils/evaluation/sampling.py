@@ -64,8 +64,8 @@ def sample_batches(
         if not hasattr(own, "pipeline"):
             own.pipeline = copies.pop()
         chosen = slice(start, start + size)
-        with memory_advice(f"sampling {len(captions[chosen])} images at once", "a smaller batch_size",
-                           "fewer pixels (size)", "nothing else on this GPU"):  # fmt: skip
+        with memory_advice(f"sampling {len(captions[chosen])} images at once", "a smaller batch_size or "
+                           "sampling_batch_size", "fewer pixels (size)", "nothing else on this GPU"):  # fmt: skip
             return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size if on_cpu else 0)
 
     training = pipeline.unet.training

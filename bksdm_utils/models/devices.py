@@ -39,6 +39,9 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def memory_advice(doing: str, *settings: str) -> Iterator[None]:
     """Within the block a GPU's lack of memory says what was being done, how much is missing and what helps.
 
+    Args:
+        settings: what helps; without any, what helps a training.
+
     Raises:
         RuntimeError: the memory did not suffice.
     """
@@ -50,8 +53,9 @@ def memory_advice(doing: str, *settings: str) -> Iterator[None]:
         missing = f"{wanted[1]} more were needed, {free[1]} were free" if wanted and free else str(error)
         helps = settings or ("a smaller batch_size (with more gradient_accumulation_steps)",
                              "gradient_checkpointing=True", "ema_device='cpu'")  # fmt: skip
-        raise RuntimeError(f"out of GPU memory while {doing}: {missing}. What helps: {'; '.join(helps)}. "
-                           "`bksdm memory` says what fits") from error  # fmt: skip
+        planned = "" if settings else ". `bksdm memory` says what fits"
+        raise RuntimeError(f"out of GPU memory while {doing}: {missing}. What helps: {'; '.join(helps)}{planned}"
+                           ) from error  # fmt: skip
 
 
 class GroupNorm(nn.GroupNorm):

@@ -43,7 +43,7 @@ def test_every_switch_that_saves_memory_does(pipeline_dir):
 def test_the_report_says_what_fits_and_how_long_it_takes(pipeline_dir):
     text = report(narrow(pipeline_dir, max_train_steps=1000), tflops=0.001)
     assert "12 GB: plain up to 32, checkpointing up to 32" in text and "1,000 steps of batch 32" in text
-    assert "TFLOP an image" in text and "minutes at 0 TFLOP/s" in text
+    assert text.splitlines()[-1].split()[0] != "0" and "minutes at 0 TFLOP/s" in text
 
 
 @pytest.mark.parametrize("notebook", ["03", "05"])

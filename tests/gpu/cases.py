@@ -462,6 +462,16 @@ def sampling_beyond_the_memory(place: Place):
     return len(generate(pipeline, ["a cat"] * 8, num_inference_steps=4, batch_size=8)), len(ballast)
 
 
+@case("scoring_beyond_the_memory", memory_gb=0.5)
+def scoring_beyond_the_memory(place: Place):
+    from bksdm_utils.config.shared import Teacher
+    from bksdm_utils.evaluation.networks import MetricClip
+
+    clip = MetricClip(Teacher.filled().chosen_preset.common["clip"], place.device)
+    ballast = fill_memory()
+    return clip.images([Image.new("RGB", (64, 64))] * 8), len(ballast)
+
+
 @case("encoding_beyond_the_memory", memory_gb=0.02)
 def encoding_beyond_the_memory(place: Place):
     return kd(place, "no")

@@ -61,11 +61,16 @@ def test_bf16_is_taken_where_the_gpu_has_it(on_gpu, capability, bf16):
     assert on_gpu(f"precision_{capability}") == {"no": "no", "bf16": bf16, "fp16": "fp16"}
 
 
-@pytest.mark.parametrize("doing", ["training", "sampling", "encoding"])
-def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu, doing):
+@pytest.mark.parametrize(("doing", "said", "setting"), [
+    ("training", "training on micro-batches of 2", "gradient_checkpointing=True"),
+    ("sampling", "sampling 8 images at once", "a smaller batch_size or sampling_batch_size"),
+    ("scoring", "scoring 8 images or texts at once by clip", "device='cpu'"),
+    ("encoding", "encoding the training images", "a lower resolution"),
+])  # fmt: skip
+def test_too_little_memory_says_what_was_done_and_what_helps(on_gpu, doing, said, setting):
     error = on_gpu(f"{doing}_beyond_the_memory", error=True)
-    assert error.startswith("RuntimeError: out of GPU memory while") and "were needed" in error, error
-    assert "What helps: " in error
+    assert error.startswith(f"RuntimeError: out of GPU memory while {said}: ") and "more were needed, " in error, error
+    assert setting in error.split("What helps: ")[1] and ("`bksdm memory`" in error) == (doing == "training")
 
 
 def test_peak_memory_is_the_networks_own(both):
