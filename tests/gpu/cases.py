@@ -419,7 +419,7 @@ def decoding(place: Place):
     decoder = pipeline.vae.decoder.forward
     pipeline.vae.decoder.forward = lambda x, *rest, **named: sizes.append(len(x)) or decoder(x, *rest, **named)
     generate(pipeline, ["a cat"] * 24, num_inference_steps=1, scheduler="ddim", batch_size=24)
-    return {"sizes": sorted(set(sizes)), "images": sum(sizes)}
+    return {"sizes": sorted(set(sizes)), "images": sum(sizes), "slicing": pipeline.vae.use_slicing}
 
 
 # --- faults of one kind each
@@ -477,6 +477,22 @@ def encoding_beyond_the_memory(place: Place):
     return kd(place, "no")
 
 
+@case("norms")
+def norms(place: Place):
+    """dtypes of the results of both networks' norms in a bf16 step, with norms in its precision and without."""
+
+    def found(low_precision_norms: bool) -> list[str]:
+        name, dtypes = f"norms_{low_precision_norms}", set()
+        job = kd_job(place, name, mixed_precision="bf16", low_precision_norms=low_precision_norms, max_train_steps=1)
+        for module in (*job.student.modules(), *job.pipe.unet.modules()):
+            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                module.register_forward_hook(lambda _module, _inputs, output: dtypes.add(str(output.dtype)))
+        logged(job)
+        return sorted(dtypes)
+
+    return {"low": found(True), "full": found(False)}
+
+
 @case("peak_memory")
 def peak(place: Place):
     """Peak of a U-Net on the GPU alone, and beside another network of 40 MB."""
@@ -530,6 +546,7 @@ def counting_copies():
 def halves_saved(place: Place, dtype: str):
     """A pipeline in half precision, exported, loaded by plain diffusers: dtypes, and an image on the CPU."""
     from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
 
     from bksdm_utils.deploy.formats import save_diffusers
     from bksdm_utils.models.devices import DTYPES
@@ -540,7 +557,9 @@ def halves_saved(place: Place, dtype: str):
     parts = {name: str(getattr(again, name).dtype) for name in ("unet", "vae", "text_encoder")}
     again.set_progress_bar_config(disable=True)
     image = again("a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
-    return {"dtypes": parts, "image": pixels([image])[0]}
+    tensors = [t for file in (place.folder / "export").glob("*/*.safetensors") for t in load_file(file).values()]
+    saved = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
+    return {"dtypes": parts, "saved": sorted(saved), "image": pixels([image])[0]}
 
 
 def card(place: Place):

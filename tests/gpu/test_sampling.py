@@ -17,9 +17,9 @@ def test_one_image_is_one_pass_of_one_image(both):
 
 
 def test_large_batches_are_decoded_in_parts(on_gpu):
-    """Fault 8, its other half: decoding stays limited."""
+    """Fault 8, its other half: decoding stays limited, and encoding after it is not."""
     found = on_gpu("decoding")
-    assert found["images"] == 24 and max(found["sizes"]) <= 16
+    assert found["images"] == 24 and max(found["sizes"]) <= 16 and not found["slicing"]
 
 
 def test_the_command_samples_in_one_process(both):
@@ -45,7 +45,7 @@ def test_a_validation_of_a_training_gives_the_cpus_scores(both):
 def test_a_pipeline_in_half_precision_is_saved_in_full(both, name):
     """Fault 3: transformers loads what it finds, diffusers fp32; the two did not work together."""
     gpu, cpu = both(name)
-    assert set(gpu["dtypes"].values()) == {"torch.float32"} and gpu["image"] == cpu["image"]
+    assert set(gpu["dtypes"].values()) == set(gpu["saved"]) == {"torch.float32"} and gpu["image"] == cpu["image"]
 
 
 @pytest.mark.slow

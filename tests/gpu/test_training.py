@@ -103,6 +103,11 @@ def test_averaged_weights_are_swapped_in_only_to_be_scored(both):
     assert gpu == cpu == {"unscored": 0, "scored": 1}
 
 
+def test_norms_compute_in_the_precision_of_the_run(on_gpu):
+    """Fault 12: autocast computes every norm in fp32; the frozen teacher's are bf16 either way."""
+    assert on_gpu("norms") == {"low": ["torch.bfloat16"], "full": ["torch.bfloat16", "torch.float32"]}
+
+
 @pytest.mark.slow
 def test_a_t4_trains_in_fp16(both):
     gpu, cpu = both("kd_bf16_on_a_t4")
