@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import model_validator
+from typing_extensions import Self
+
 from .base import PathText, Positive, Processes, Seed, parameter
 from .shared import Common, Sampling, Teacher
 from .training import Side
@@ -25,8 +28,15 @@ class SampleFolder(FolderSampling, Common):
     unet: PathText | None = parameter(None, "U-Net folder or hub id in place of the pipeline's")
     lora: PathText | None = parameter(None, "LoRA on top of it")
     prompts: PathText | None = parameter(None, "CSV file with a column text; None: storybook's test captions")
+    prompt: str | None = parameter(None, "one prompt instead, sampled `num_images` times")
     num_images: Positive | None = parameter(None, "the first so many prompts; None: all of a file, 100 of storybook's")
     num_processes: Positive | None = parameter(None, "None samples in this process; a number in so many")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("prompt and prompts are given: expected one of them")
+        return self
 
 
 class CocoEvaluation(

@@ -170,6 +170,8 @@ def folder_of(images_dir: str | Path | None, name: str, model: str, sampling: Fo
 
 def read_job_prompts(config: SampleFolder) -> list[Prompt]:
     """The prompts of a folder: of a CSV file, or the storybook's test captions."""
+    if config.prompt is not None:
+        return [Prompt(str(i), config.prompt) for i in range(config.num_images or 1)]
     if config.prompts is None:
         return storybook_prompts(config.num_images or 100)
     return read_prompts(config.prompts, config.num_images)
