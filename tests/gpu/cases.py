@@ -512,12 +512,12 @@ def two_precisions(place: Place):
 
 @case("validation_of_nothing")
 def validation_of_nothing(place: Place):
-    """How often EMA weights are swapped in by a validation without a metric network, and by one with scores."""
-    from bksdm_utils.workbook.jobs import prepare_training
+    """How often EMA weights are swapped in by a validation that has nothing to sample, and by one with scores."""
+    from bksdm_utils.training.job import prepare
 
     folder = place.folder / "unscored"
     folder.mkdir()
-    unscored, _ = prepare_training(kd_config(place, num_images=2, num_validation_images=2), folder)
+    unscored = prepare(kd_config(place), folder, place.device, None)
     unscored.begin(False)
     swaps = {}
     for name, job in (("unscored", unscored), ("scored", kd_job(place))):

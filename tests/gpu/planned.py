@@ -145,7 +145,7 @@ def kd_peak(place: Place, name: str) -> int:
     replaced = {
         "load_pipeline": lambda *_: empty_pipeline(config, torch.float32),
         "load_data": lambda *_: empty_data(config),
-        "build_student": lambda teacher, plan: on_gpu(empty_unet(student_config(teacher.config, plan))),
+        "build_student": lambda teacher, plan, **_: on_gpu(empty_unet(student_config(teacher.config, plan))),
     }
     with patch.multiple(kd_job, **replaced):
         job = kd_job.prepare(config, place.folder / "run", "cuda", None)

@@ -98,7 +98,7 @@ def test_a_second_precision_in_one_process_works_or_says_what_to_do(on_gpu, on_c
 
 
 def test_averaged_weights_are_swapped_in_only_to_be_scored(both):
-    """Fault 11: `validate` swapped them in and out without a metric network."""
+    """Fault 11: `validate` swapped them in and out without anything to sample."""
     gpu, cpu = both("validation_of_nothing")
     assert gpu == cpu == {"unscored": 0, "scored": 1}
 
