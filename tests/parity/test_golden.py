@@ -1,13 +1,15 @@
 """Numbers that no restructuring may change: losses, images and scores of small runs of 03 to 06, recorded once.
 
-On the kind of CPU they were recorded on they must be equal bit for bit; other CPUs round otherwise, so there they must
-agree to a few digits. Record anew, when a change of numbers is meant: python tests/parity/test_golden.py
+On a kind of CPU they were recorded on they must be equal bit for bit; other CPUs round otherwise, so there they must
+agree roughly with one of the recordings. To record anew, when a change of numbers is meant:
+python tests/parity/test_golden.py
 """
 
 import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,9 +31,11 @@ EXACT = ("loss", "loss_task", "loss_output", "loss_feature", "gradient_norm")
 
 
 def cpu() -> str:
-    """The kind of CPU, which decides how sums are rounded."""
+    """The kind of CPU, which decides how sums are rounded; virtual ones share a name, so their numbers belong to it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith(("model name", "flags"))), "unknown")
+    facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    names = ("model name", "cpu family", "model", "stepping")
+    return ", ".join(f"{name} {facts[name]}" for name in names if name in facts) or "unknown"
 
 
 def measure(folder: Path) -> dict:
@@ -77,16 +81,19 @@ def differences(found, golden, path="") -> list[str]:
 
 @pytest.mark.slow
 def test_numbers_are_what_they_were(tmp_path):
-    golden, found = json.loads(GOLDEN.read_text()), json.loads(json.dumps(measure(tmp_path)))
-    images = golden["numbers"].pop("images"), found.pop("images")
-    if golden["cpu"] == cpu():
-        assert set(images[0]) <= set(images[1])  # later versions may keep more of them
-    if golden["cpu"] == cpu():
-        assert found == golden["numbers"]
-    else:
-        assert differences(found, golden["numbers"]) == []
+    recorded, found = json.loads(GOLDEN.read_text()), json.loads(json.dumps(measure(tmp_path)))
+    own = [golden["numbers"] for golden in recorded if golden["cpu"] == cpu()]
+    images = found.pop("images")
+    for numbers in own:
+        assert set(numbers.pop("images")) <= set(images)  # later versions may keep more of them
+        assert found == numbers
+    if not own:
+        all_differences = [differences(found, {**golden["numbers"], "images": None}) for golden in recorded]
+        assert [] in all_differences, all_differences
 
 
 if __name__ == "__main__":
+    others = [golden for golden in json.loads(GOLDEN.read_text()) if golden["cpu"] != cpu()]
     with tempfile.TemporaryDirectory() as folder:
-        GOLDEN.write_text(json.dumps({"cpu": cpu(), "numbers": measure(Path(folder))}, indent=1) + "\n")
+        recordings = [*others, {"cpu": cpu(), "numbers": measure(Path(folder))}]
+    GOLDEN.write_text(json.dumps(recordings, indent=1) + "\n")
