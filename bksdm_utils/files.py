@@ -63,6 +63,14 @@ def write_json(path: Path, content: object) -> None:
     os.replace(part, path)
 
 
+def link(source: Path, target: Path) -> None:
+    """Links a folder by a relative path, so that both may be moved together; copies it where the disk has no links."""
+    try:
+        os.symlink(os.path.relpath(source.resolve(), target.parent.resolve()), target, target_is_directory=True)
+    except OSError:
+        shutil.copytree(source, target)
+
+
 def check_disk(folder: Path, need: int, what: str) -> None:
     """Raises ValueError where `folder`'s disk has fewer than `need` bytes free."""
     free = shutil.disk_usage(folder).free

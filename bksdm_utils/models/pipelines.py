@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
@@ -17,8 +18,9 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..core.families import vae_overflows_in_fp16
-from ..files import NotAvailable, is_hub_id, resolve
+from ..files import NotAvailable, is_hub_id, link, resolve
 from .loading import load, named_errors
+from .saving import save_pipeline
 from .single_file import is_single_file, load_single_file
 
 SD_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -158,6 +160,38 @@ def with_scheduler(pipeline: Pipeline, name: str | None) -> Pipeline:
             raise ValueError(f"scheduler is {name}, which has no {key}: the teacher's is {config[key]}. Use another "
                              "one, or None for the teacher's own")  # fmt: skip
     return changed
+
+
+def save_student_pipeline(pipeline: Pipeline, teacher: str | Path, unet: Path, folder: Path) -> None:
+    """A whole pipeline around a saved U-Net, for plain diffusers: what it shares with the teacher's folder is linked.
+
+    Where that folder does not load plainly in full precision (a variant, a single file) the parts are saved anew.
+    """
+    part, source = folder.with_name(folder.name + ".part"), _plain_folder(teacher)
+    shutil.rmtree(part, ignore_errors=True)
+    if source is None:
+        loaded = load_pipeline(teacher)
+        save_pipeline(with_unet(loaded, load_unet(unet, loaded)), part)
+    else:
+        pipeline.save_config(part)
+        for name in PARTS[type(pipeline).__name__]:
+            link(unet if name == "unet" else source / name, part / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def _plain_folder(teacher: str | Path) -> Path | None:
+    """A teacher's folder, also in the hub's cache, if its parts load without options and in full precision."""
+    cached = try_to_load_from_cache(str(teacher), "model_index.json") if is_hub_id(teacher) else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(resolve(teacher))
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if (folder / name).is_dir() or name == "vae":
+            files = [folder / name / file for file in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+            if not any(file.is_file() for file in files):
+                return None
+    texts = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("text_encoder*/config.json")]
+    dtypes = {text.get("dtype") or text.get("torch_dtype") or "float32" for text in texts}
+    return folder if dtypes <= {"float32"} else None
 
 
 def own_copy(pipeline: Pipeline, parts: Sequence[str] = ("unet", "text_encoder", "text_encoder_2")) -> Pipeline:

@@ -21,7 +21,7 @@ from ..core.surgery import build_student
 from ..core.taps import published_inert, tap_pairs
 from ..files import CsvLog, folder_lock, read_log
 from ..models.devices import DTYPES, supported_precision
-from ..models.pipelines import Pipeline, load_pipeline, with_unet
+from ..models.pipelines import Pipeline, load_pipeline, save_student_pipeline, with_unet
 from .batches import KDBatches
 from .checkpoints import Checkpoints
 from .latents import LatentDataset, load_data
@@ -148,6 +148,13 @@ class KDJob:
             trainer.finish_tracking()
             self.distillation.close()
 
+    def save(self) -> Path:
+        """Saves the student, raw and averaged, and `pipeline`, a whole one around the averaged; returns its folder."""
+        self.trainer.save_models()
+        folder = self.dir / "pipeline"
+        save_student_pipeline(self.pipe, self.config.teacher, self.trainer.result, folder)
+        return folder
+
     def validate(self) -> None:
         """Samples and scores the averaged student, on the same captions and noise each time.
 
@@ -246,7 +253,7 @@ def describe(job: KDJob) -> str:
 def train(
     config: KDTraining, folder: Path, device: str, validate: Validation | None, preview: Preview | None = None
 ) -> None:
-    """Trains to the end, in as many processes as it is launched in; leaves checkpoints, unet, and with EMA unet_ema."""
+    """Trains to the end, in as many processes as it is launched in; leaves checkpoints and what `KDJob.save` saves."""
     state, printed = PartialState(cpu=device == "cpu"), 0.0
     with folder_lock(folder):
         job = prepare(config, folder, device, validate, preview)
@@ -257,5 +264,5 @@ def train(
                 printed = time.monotonic()
         job.trainer.save()
         if state.is_main_process:
-            job.trainer.save_models()
+            job.save()
         state.wait_for_everyone()

@@ -18,6 +18,7 @@ from ..config.training import KDTraining
 from ..files import write_json
 from .headless import plan_jobs, run_jobs
 from .parameters import find_notebook, parameters_help
+from .protection import check_folder
 from .run import choose_device, fill
 
 parameter_option = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE",
@@ -112,6 +113,7 @@ def _add_job(name: str, kind: type[Config], config_of: str, text: str) -> None:
             settings = fill(kind, values)
         else:
             settings = kind(**{**json.loads(config.read_text(encoding="utf-8")), **values})
+        check_folder(settings, folder)
         if config is None or values:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", settings.model_dump(mode="json"))

@@ -19,6 +19,7 @@ import nbformat
 from ..config.base import Config, is_text, kind_of
 from ..files import ROOT
 from .parameters import CLASSES, NOTEBOOKS, find_notebook
+from .protection import check_folder
 from .run import fill, run_name
 
 FORMULA = re.compile(
@@ -102,6 +103,10 @@ def execute(job: Job) -> tuple[str, float, str]:
     """Runs one job; returns (status, seconds, key figure). The executed notebook is kept also when it fails."""
     import papermill
 
+    try:
+        check_folder(fill(find_notebook(job.notebook.stem)[1], job.parameters), job.dir)
+    except ValueError as error:  # before the earlier run's pages are touched
+        return "REFUSED", 0.0, str(error)
     job.dir.mkdir(parents=True, exist_ok=True)
     executed, started = job.dir / job.notebook.name, time.perf_counter()
     for old in (job.dir / "result.json", executed, executed.with_suffix(".html")):

@@ -21,6 +21,7 @@ from ..core.plans import RemovalPlan
 from ..files import ROOT, NotAvailable, write_json
 from ..models.configs import teacher_config
 from .parameters import assigned_parameters
+from .protection import check_folder
 
 NAME_BYTES = 150  # of a run's folder; file systems allow 255
 
@@ -107,6 +108,7 @@ def start(kind: type[Config], variables: Mapping[str, object]) -> Run:
     config = config.but(device=choose_device(config.device))
     plan = find_plan(config.variant, teacher_config(config)) if hasattr(config, "variant") else None
     folder = Path(config.output_dir or ROOT / "outputs" / config.notebook / run_name(config))
+    check_folder(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # an older run's result must not pass for this one's
     write_json(folder / "config.json", config.model_dump(mode="json"))
