@@ -30,12 +30,18 @@ class SampleFolder(FolderSampling, Common):
     prompts: PathText | None = parameter(None, "CSV file with a column text; None: storybook's test captions")
     prompt: str | None = parameter(None, "one prompt instead, sampled `num_images` times")
     num_images: Positive | None = parameter(None, "the first so many prompts; None: all of a file, 100 of storybook's")
+    subject: str | None = parameter(None, "notebook 05's prompts of this subject instead, each `num_images` times")
+    identifier: str | None = parameter(None, "the word the subject was trained with; None: notebook 05's")
+    class_word: str | None = parameter(None, "what a folder of your own shows, such as dog")
     num_processes: Positive | None = parameter(None, "None samples in this process; a number in so many")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.prompt is not None and self.prompts is not None:
-            raise ValueError("prompt and prompts are given: expected one of them")
+        sources = {name: getattr(self, name) for name in ("prompt", "prompts", "subject")}
+        if len(given := [name for name, value in sources.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: expected one of them")
+        if (self.identifier or self.class_word) and self.subject is None:
+            raise ValueError("identifier and class_word are about a subject: name it by subject")
         return self
 
 
@@ -48,6 +54,7 @@ class CocoEvaluation(
     students: tuple[str, ...] = parameter(
         (), "U-Net folders or hub ids, commas between; none: notebook 03's", heading="evaluation"
     )
+    with_teacher: bool = parameter(True, "also sample the teacher; no scores the students alone")
     untrained: bool | None = parameter(None, "also sample students with copied and with random weights")
     protocol: Literal["storybook", "paper", "clean"] | None = parameter(None, "storybook, paper or clean")
     prompts: PathText | None = parameter(None, "CSV file with a column text, and id or file_name")

@@ -50,21 +50,39 @@ DOWNLOADS: Mapping[str, Download] = {
     "coco_images": Download("http://images.cocodataset.org/zips/val2014.zip", f"{_COCO}/val2014.zip"),
     "coco_statistics": Download(f"{_BUCKET}/mscoco_val2014_41k_full/real_im256.npz", f"{_COCO}/real_im256.npz"),
 }  # fmt: skip
+VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
+_NETWORKS = ("inception_torch_fidelity", VIT_G)
+GROUPS = {  # all that scoring by a protocol of notebook 04 needs; what has a / is a model of the hub
+    "paper-protocol": ("coco_captions", "coco_statistics", "inception_pytorch_fid", *_NETWORKS),
+    "clean-protocol": ("coco_captions", "coco_images", "inception_clean_fid", *_NETWORKS),
+}
 
 
 def download(names: Sequence[str]) -> int:
-    """Fetches by name and unpacks archives, printing each path or error; returns the number of failures."""
-    if unknown := set(names) - set(DOWNLOADS):
-        raise ValueError(f"no download is called {', '.join(sorted(unknown))}: expected {', '.join(DOWNLOADS)}")
+    """Fetches by name and unpacks archives, printing each path or error; returns the number of failures.
+
+    Args:
+        names: of `DOWNLOADS`, or of `GROUPS` for all in them.
+    """
+    if unknown := set(names) - {*DOWNLOADS, *GROUPS}:
+        expected = ", ".join([*DOWNLOADS, *GROUPS])
+        raise ValueError(f"no download is called {', '.join(sorted(unknown))}: expected {expected}")
     failures = 0
-    for name in names:
-        get = fetch_folder if DOWNLOADS[name].path.endswith(".tar.gz") else fetch
+    for name in dict.fromkeys(part for given in names for part in GROUPS.get(given, (given,))):
         try:
-            print(f"{name}: {get(DOWNLOADS[name])}")
+            print(f"{name}: {_fetch(name)}", flush=True)
         except Exception as error:  # the network raises many kinds; the other downloads still get their turn
             print(f"{name}: FAILED: {error}", file=sys.stderr)
             failures += 1
     return failures
+
+
+def _fetch(name: str) -> Path:
+    if "/" in name:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+    return (fetch_folder if DOWNLOADS[name].path.endswith(".tar.gz") else fetch)(DOWNLOADS[name])
 
 
 def fetch(download: Download, root: Path = ROOT) -> Path:

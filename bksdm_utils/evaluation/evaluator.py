@@ -30,7 +30,7 @@ from .networks import MetricClip, Network
 from .prompts import Prompt, find_data, storybook_scene
 from .protocols import PROTOCOLS
 
-VERSION = 3  # of how features and scores are computed: those of another version are not read
+VERSION = 4  # of how features and scores are computed: those of another version are not read
 FEW = 10_000  # a FID of fewer images is hardly comparable
 FEWEST = 20  # fewer images are not scored
 REAL = ("statistics (.npz), a folder or a .zip of real images. COCO's: python -m bksdm_utils download coco_statistics "
@@ -92,10 +92,13 @@ class Evaluator:
 
     @cached_property
     def real(self) -> Statistics:
-        """What the generated images are compared with."""
+        """What the generated images are compared with; of real images a file is kept, which `real` takes too."""
         if self.real_features is None:  # the paper's published statistics do not name their network
             return Statistics.load(self.real_path, self.features, nameless=self.protocol.name == "paper")
-        return Statistics.of(self.real_features)
+        statistics, network = Statistics.of(self.real_features), self.features
+        of = self.real_path.stem if self.real_path else self.protocol.name
+        statistics.save(self.cache_dir / f"{of}-{len(self.real_features)}-{network.name}-{network.key}.npz", network)
+        return statistics
 
     @cached_property
     def real_features(self) -> np.ndarray | None:

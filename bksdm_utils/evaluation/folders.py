@@ -177,10 +177,13 @@ def read_job_prompts(config: SampleFolder) -> list[Prompt]:
     return read_prompts(config.prompts, config.num_images)
 
 
-def sample(config: SampleFolder, folder: Path) -> None:
+def sample(config: SampleFolder, folder: Path, prompts: Sequence[Prompt] | None = None) -> None:
     """Fills a folder in this process, or as one of the processes of a launcher; prints at most a dozen lines.
 
     On a GPU in half precision; another U-Net and a LoRA where they are named.
+
+    Args:
+        prompts: others than the configuration's.
     """
     pipeline = load_pipeline(config.teacher, config.device, sampling_dtype(config.device))
     if config.unet is not None:
@@ -188,7 +191,7 @@ def sample(config: SampleFolder, folder: Path) -> None:
     if config.lora is not None:
         pipeline = load_lora(pipeline, config.lora)
     printed = -1
-    for progress in sample_folder(pipeline, read_job_prompts(config), folder, config.part(FolderSampling)):
+    for progress in sample_folder(pipeline, prompts or read_job_prompts(config), folder, config.part(FolderSampling)):
         tenths = 10 * progress.done // progress.total
         if is_main_process() and tenths != printed:
             print(f"{progress.done:,} of {progress.total:,} images", flush=True)

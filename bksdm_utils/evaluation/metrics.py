@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,13 @@ class Statistics:
             wrong = "another network" if key else "a network that it does not name"
             raise ValueError(f"{path} is of {wrong}: expected statistics of {network.name}; or name real images")
         return cls(mean, covariance)
+
+    def save(self, path: Path, network: Network) -> None:
+        """Writes the .npz that `load` reads, with the name of the network."""
+        part = path.with_suffix(".part.npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, mu=self.mean, sigma=self.covariance, network=network.key)
+        os.replace(part, path)
 
     @cached_property
     def root(self) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,11 @@ class Network:
             return self.forward(torch.stack(list(prepared)))
 
 
+def clean_text(text: str) -> str:
+    """A caption as open_clip reads it: wrongly decoded letters mended, HTML's entities resolved, single spaces."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
 class MetricClip:
     """A CLIP model that compares images with texts.
 
@@ -100,7 +107,9 @@ class MetricClip:
         """Unit-length embeddings of texts."""
 
         def prepare(text: str) -> torch.Tensor:
-            return self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+            return self.tokenizer(
+                clean_text(text), padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids[0]
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
             text = self.model.text_model(ids.to(self.model.device)).pooler_output

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..data.downloads import DOWNLOADS
+from ..data.downloads import DOWNLOADS, VIT_G
 from .networks import Network, inception_classes, inception_clean, inception_pytorch
 
 
@@ -53,7 +53,6 @@ class Protocol:
     real: str | None = None
 
 
-VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 STATISTICS, IMAGES = DOWNLOADS["coco_statistics"].path, DOWNLOADS["coco_images"].path
 PROTOCOLS = {
     "paper": Protocol("paper", as_paper, VIT_G, inception_pytorch, inception_classes, STATISTICS),

@@ -150,12 +150,14 @@ def memory(notebook: str, pairs, files, tflops: float) -> None:
 @click.pass_context
 def download(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Fetch data sets, statistics and metric networks by name; without a name, list them."""
-    from ..data.downloads import DOWNLOADS
+    from ..data.downloads import DOWNLOADS, GROUPS
     from ..data.downloads import download as fetch_all
 
     if not names:
         for name, item in DOWNLOADS.items():
             click.echo(f"{name:<28} {item.path}")
+        for name, parts in GROUPS.items():
+            click.echo(f"{name:<28} {', '.join(parts)}")
     ctx.exit(fetch_all(names))
 
 

@@ -23,14 +23,15 @@ from ..models.pipelines import find_pipeline, load_unet, sampling_dtype, with_un
 from .live import Gallery
 from .run import Run, folder_name, student_folder
 
+UNTRAINED = {"copied": True, "random": False}  # students by whether they have the teacher's weights
 Table = dict[str, dict[str, Score]]  # model -> score -> value and error
 
 
 class Comparison:
-    """Teacher, trained students, and where they are wanted two untrained ones, on the same prompts and noise.
+    """Trained students, and where they are wanted the teacher and two untrained ones, on the same prompts and noise.
 
     Attributes:
-        models: U-Nets by name, the teacher first; empty where its weights or the prompts are not available.
+        models: U-Nets by name, the teacher first if it is sampled; empty where weights or prompts are not available.
         paths: where the U-Nets of trained students were loaded from.
         students: the names of the trained students.
         folders: folders of images by model, once `sample` has filled them.
@@ -41,13 +42,13 @@ class Comparison:
         self.prompts = run.if_available(image_folders.read_job_prompts, self.config.part(SampleFolder)) or []
         dtype = sampling_dtype(run.device)
         self.pipeline = find_pipeline(self.config.teacher, run.device, dtype) if self.prompts else None
-        self.models = {"teacher": self.pipeline.unet} if self.pipeline else {}
+        self.models = {"teacher": self.pipeline.unet} if self.pipeline and self.config.with_teacher else {}
         self.paths = _students(run) if self.pipeline else {}
         self.models |= {name: load_unet(path, self.pipeline) for name, path in self.paths.items()}
         self.students = list(self.paths)
         if self.pipeline and self.config.untrained:
-            self.models["copied"] = build_student(self.pipeline.unet, run.plan).eval()
-            self.models["random"] = build_student(self.pipeline.unet, run.plan, copy=False).eval()
+            for name, copy in UNTRAINED.items():
+                self.models[name] = build_student(self.pipeline.unet, run.plan, copy=copy).eval()
 
     def first_captions(self, number: int = 4) -> pd.DataFrame:
         """Ids, captions and the seeds of their noise."""
@@ -97,10 +98,10 @@ class Comparison:
         return [by_id[id] for id in ids]
 
     def scores(self, evaluations: Mapping[str, Evaluation]) -> Table:
-        """Every model's scores, and how far its images are from the teacher's."""
+        """Every model's scores, and how far its images are from the teacher's, where that is sampled."""
         table = {name: dict(evaluation.scores) for name, evaluation in evaluations.items()}
         for name, row in table.items():
-            if name != "teacher":
+            if name != "teacher" and "teacher" in self.folders:
                 row["distance to teacher"] = distance_to(self.folders["teacher"], self.folders[name], self.prompts)
             for id, reason in evaluations[name].skipped[:5]:
                 print(f"{name}: set aside {id}: {reason}")
@@ -109,14 +110,14 @@ class Comparison:
     def protocol_line(self, evaluations: Mapping[str, Evaluation]) -> str:
         """Protocol, numbers of images, and what they allow to be said."""
         numbers = ", ".join(f"{e.num_images:,} of {name}" for name, e in evaluations.items())
-        return f"protocol {self.config.protocol}; images: {numbers}. {evaluations['teacher'].warning}"
+        return f"protocol {self.config.protocol}; images: {numbers}. {next(iter(evaluations.values())).warning}"
 
     def fid_by_number(self, evaluator: Evaluator) -> dict[str, dict[int, Score]]:
         """FID of random subsets of a quarter, a half … of the images, by model."""
         quarters = {len(self.prompts) * number // 4 for number in (1, 2, 3, 4)}
         counts = sorted(n for n in quarters if n >= FEWEST)
         return {name: evaluator.fid_by_number(self.folders[name], self.prompts, counts)
-                for name in ("teacher", *self.students)}  # fmt: skip
+                for name in self.models if name not in UNTRAINED}  # fmt: skip
 
     def by_guidance(self, evaluator: Evaluator) -> dict[float, dict[str, Score]]:
         """Scores of the first trained student at each guidance scale, of few images in few steps."""

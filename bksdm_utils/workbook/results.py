@@ -138,6 +138,8 @@ def comparisons(models: pd.DataFrame) -> Iterator[tuple[str, str, Groups]]:
         groups, several = {"teacher": {}, "student": {}}, rows["model"].duplicated(keep=False)
         for row, again in zip(rows.to_dict("records"), several, strict=True):
             group = "teacher" if row["model"] == "teacher" else "student"
+            if row["run"] not in teachers.index:  # scored without its teacher: no point of a figure
+                continue
             shares = {cost: row[cost] / teachers.loc[row["run"], cost] for cost in COSTS}
             name = f"{row['model']} ({row['run']})" if again else row["model"]
             groups[group][name] = {"CLIP score": row["scores"]["clip_score"][0], **shares}

@@ -169,3 +169,12 @@ def test_the_failure_of_one_download_is_counted_and_the_next_continues(server, t
     assert "answers 404" in printed.err and "file.bin" in printed.out and (tmp_path / "file.bin").exists()
     with pytest.raises(ValueError, match="unknown.*expected bad, good"):
         download(["unknown"])
+
+
+def test_a_group_fetches_each_of_its_parts_once(monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr("bksdm_utils.data.downloads._fetch", lambda name: fetched.append(name) or name)
+    assert download(["paper-protocol", "coco_captions", "clean-protocol"]) == 0
+    assert len(fetched) == len(set(fetched)) == 7 and sum("/" in name for name in fetched) == 1
+    with pytest.raises(ValueError, match="paper-protocol"):
+        download(["paper"])

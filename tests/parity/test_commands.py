@@ -19,7 +19,7 @@ from bksdm_utils.config.dreambooth import DreamBoothTraining
 from bksdm_utils.config.evaluation import CocoEvaluation, SampleFolder
 from bksdm_utils.config.training import KDTraining
 from bksdm_utils.core.surgery import build_student
-from bksdm_utils.data.downloads import DOWNLOADS
+from bksdm_utils.data.downloads import DOWNLOADS, GROUPS
 from bksdm_utils.files import ROOT
 from bksdm_utils.workbook import cli, headless
 from bksdm_utils.workbook.run import fill
@@ -101,7 +101,9 @@ def built(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "run_jobs", lambda jobs: seen.extend(
         fill(headless.find_notebook(job.notebook.name)[1], job.parameters) for job in jobs))  # fmt: skip
     monkeypatch.setattr("bksdm_utils.workbook.jobs.run_job", lambda config, folder: seen.append(config))
-    monkeypatch.setattr("bksdm_utils.data.downloads.download", lambda names: seen.extend(DOWNLOADS[n] for n in names))
+    monkeypatch.setattr(
+        "bksdm_utils.data.downloads.download", lambda names: seen.extend((DOWNLOADS | GROUPS)[n] for n in names)
+    )
     monkeypatch.setattr("bksdm_utils.deploy.demo.serve", seen.append)
     monkeypatch.setattr("bksdm_utils.costs.planner.report", lambda config, tflops: seen.append(config) or "")
 
