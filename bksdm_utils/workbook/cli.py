@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ..config.base import Config
 from ..config.deploy import Demo
 from ..config.evaluation import SampleFolder
 from ..config.training import KDTraining
-from ..files import write_json
+from ..files import ROOT, write_json
 from .headless import plan_jobs, run_jobs
 from .parameters import find_notebook, parameters_help
 from .protection import check_folder
@@ -203,3 +204,18 @@ def storybook(
         click.echo(" ".join([*chosen.configs, "export"]))
         return
     make(stages, output_dir, destination, max_train_steps, choose_device(device), recipe=chosen)
+
+
+@main.command()
+@click.argument("address", required=False)
+@click.option("--branch", default="main", show_default=True, help="That the badges open.")
+def stamp(address: str | None, branch: str) -> None:
+    """Write the repository's ADDRESS into all notebooks, so that each opens alone in Colab; by default git's origin."""
+    from .colab import stamp as stamp_notebooks
+
+    command = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    address = address or subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not address:
+        raise ValueError("no address: git has no origin here; name it: bksdm stamp https://github.com/<you>/<name>")
+    for path in stamp_notebooks(address, branch):
+        click.echo(f"{path.name}: {address}")

@@ -1,7 +1,6 @@
-"""The first cell for Colab, in a kernel that has torch and the other packages, but not this one."""
+"""The first code cell of the notebooks, in a kernel that has torch and the other packages, but not this one."""
 
 import json
-import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from bksdm_utils.files import ROOT
+from bksdm_utils.workbook.colab import CELL
 
 
 @pytest.mark.nightly
@@ -23,13 +23,13 @@ def test_the_cell_for_colab_works_in_any_kernel_and_twice(tmp_path, monkeypatch,
     kernel.mkdir(parents=True)
     command = [str(tmp_path / "env" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernel / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "colab", "language": "python"}))
-    (cell,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "installing.md").read_text(encoding="utf-8"), re.S)
+    cell = CELL.replace("{address}", f"file://{ROOT}")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     sources = [
         "import torch, diffusers" if used else "",
         "import importlib.util, torch\nassert importlib.util.find_spec('bksdm_utils') is None\ntorch.__file__",
-        cell.replace("<this repository's address>", f"file://{ROOT}"), cell,
+        cell, cell,
         "import os, bksdm_utils, torch\nfrom bksdm_utils.config.training import KDTraining\n"
         "print(bksdm_utils.__file__, os.getcwd(), torch.__file__)",
     ]  # fmt: skip
