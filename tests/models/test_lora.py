@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -138,3 +140,77 @@ def test_a_folder_of_several_loras_asks_for_one(pipeline, tmp_path):
         save_file({"unet.x": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match="has 2 weight files: name the file itself"):
         load_lora(pipeline, tmp_path)
+
+
+def published(pipeline, folder, changes=lambda tensors, configs: None):
+    """lora.pt and lora_config.json as BK-SDM's dreambooth_finetune.py writes them (PEFT 0.1's names); W + α/r BA."""
+    torch.manual_seed(0)
+    tensors, expected = {}, {}
+    layers = {"": (pipeline.unet, ("to_q", "to_v")), "text_encoder_": (pipeline.text_encoder, ("q_proj", "v_proj"))}
+    for prefix, (network, ends) in layers.items():
+        for name, module in network.named_modules():
+            if name.endswith(ends):
+                a, b = torch.randn(2, module.in_features), torch.randn(module.out_features, 2)
+                expected[prefix + name] = module.weight.detach() + 4 / 2 * b @ a
+                old = name if not prefix or name.startswith("text_model.") else f"text_model.{name}"
+                tensors[f"{prefix}model.{old}.lora_A.weight"] = a
+                tensors[f"{prefix}model.{old}.lora_B.weight"] = b
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "r": 2, "target_modules": ["to_q"],
+              "lora_alpha": 4, "lora_dropout": 0.0, "merge_weights": False, "fan_in_fan_out": False,
+              "enable_lora": None, "bias": "none", "modules_to_save": None}  # fmt: skip
+    configs = {"peft_config": config, "text_encoder_peft_config": config | {"target_modules": ["q_proj", "v_proj"]}}
+    changes(tensors, configs)
+    folder.mkdir(exist_ok=True)
+    torch.save(tensors, folder / "lora.pt")
+    (folder / "lora_config.json").write_text(json.dumps(configs))
+    return expected
+
+
+def test_the_originals_lora_is_merged(pipeline, tmp_path):
+    expected = published(pipeline, tmp_path)
+    for path in (tmp_path, tmp_path / "lora.pt"):
+        merged = load_lora(pipeline, path, ("unet", "text_encoder"))
+        for name, weight in expected.items():
+            network = merged.text_encoder if name.startswith("text_encoder_") else merged.unet
+            found = network.get_submodule(name.removeprefix("text_encoder_")).weight
+            assert torch.allclose(found, weight, atol=1e-5), name
+    assert merged.unet.state_dict().keys() == pipeline.unet.state_dict().keys()
+
+
+def with_bias(tensors, _):
+    tensors["model.conv_in.bias"] = torch.ones(8)
+
+
+def without_text(_, configs):
+    del configs["text_encoder_peft_config"]
+
+
+def of_another(tensors, _):
+    for name in [name for name in tensors if "mid_block" in name]:
+        tensors[name.replace("mid_block", "mid_blocks")] = tensors.pop(name)
+
+
+def of_another_width(tensors, _):
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name][:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [(with_bias, "conv_in.bias.*bias='none'"), (without_text, "text_encoder_model.*belong to no network"),
+     (of_another, "another model"), (of_another_width, "LoRA .*could not be loaded|size mismatch")],
+)  # fmt: skip
+def test_what_of_the_originals_lora_does_not_fit_is_named(changes, said, pipeline, tmp_path):
+    published(pipeline, tmp_path, changes)
+    before = model_hash(pipeline)
+    with pytest.raises(ValueError, match=said):
+        load_lora(pipeline, tmp_path)
+    assert model_hash(pipeline) == before
+
+
+def test_the_originals_lora_needs_its_configuration(pipeline, tmp_path):
+    published(pipeline, tmp_path)
+    (tmp_path / "lora_config.json").unlink()
+    for path in (tmp_path, tmp_path / "lora.pt"):
+        with pytest.raises(ValueError, match="lora_config.json"):
+            load_lora(pipeline, path)
