@@ -36,6 +36,7 @@ class DreamBoothTraining(PresetSampling, Cropping, Training.preset_decides(*_TRA
     prior_loss_weight: NonNegative = parameter(1.0, "of the class images' loss; 0 trains without prior preservation")
     num_class_images: Count | None = parameter(None, "class images that the model samples before it is trained")
     class_images_dir: PathText | None = parameter(None, "folder of class images to use instead, at most so many")
+    class_images_by: PathText | None = parameter(None, "pipeline that samples them; None: each model its own")
     train_text_encoder: bool | None = parameter(None, "also train the text encoder")
     text_learning_rate: NonNegative | None = parameter(None, "of the text encoder; None: the U-Net's")
     lora_rank: Positive = parameter(16, "rank of the U-Net's adapters", heading="LoRA")
@@ -64,8 +65,11 @@ class DreamBoothTraining(PresetSampling, Cropping, Training.preset_decides(*_TRA
             raise ValueError("prior preservation needs num_class_images of 1 or more, or prior_loss_weight 0")
         if self.lora_targets == () or self.lora_text_targets == ():
             raise ValueError("lora_targets and lora_text_targets need ends of layers' names, such as to_q, to_v")
-        if self.class_images_dir and not self.prior_loss_weight:
-            raise ValueError("class_images_dir is for prior preservation, which prior_loss_weight 0 switches off")
+        named = [name for name in ("class_images_dir", "class_images_by") if getattr(self, name)]
+        if named and not self.prior_loss_weight:
+            raise ValueError(f"{named[0]} is for prior preservation, which prior_loss_weight 0 switches off")
+        if len(named) > 1:
+            raise ValueError("class_images_dir and class_images_by are given: expected one of them")
         if self.validation_prompts is not None and not prompts_of(self.validation_prompts):
             raise ValueError("validation_prompts is empty: expected texts with | between them, or None")
         if self.text_learning_rate is not None and self.train_text_encoder is False:

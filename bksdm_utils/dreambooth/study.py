@@ -24,7 +24,7 @@ from ..evaluation.prompts import Prompt
 from ..evaluation.sampling import generate
 from ..files import check_disk, resolve
 from ..models.hashes import model_hash
-from ..models.pipelines import Pipeline, find_pipeline, load_unet, sampling_dtype, with_unet
+from ..models.pipelines import Pipeline, find_pipeline, load_pipeline, load_unet, sampling_dtype, with_unet
 from ..training.preview import save_grid
 from .job import DreamBoothRun
 from .subjects import Subject, class_prompts, open_images
@@ -90,12 +90,16 @@ class Study:
         return [Image.open(image_path(folder, prompt.id)).copy() for prompt in prompts]
 
     def class_images(self, name: str) -> list[tuple[str, Image.Image]]:
-        """(caption, image) of the subject's class, for prior preservation: by one of the models, or of a folder."""
+        """(caption, image) of the subject's class, for prior preservation: by the model, by another one, or of a folder."""
         prompts = class_prompts(self.subject, self.config.num_class_images if self.config.prior_loss_weight else 0)
         if prompts and self.config.class_images_dir:
             images, _ = open_images(Path(resolve(self.config.class_images_dir)))
             return [(prompt.text, image) for prompt, image in zip(prompts, images, strict=False)]
-        images = self.sample(self.models[name], prompts, f"{name}-class") if prompts else []
+        if prompts and (by := self.config.class_images_by):
+            another = load_pipeline(by, self.config.device, sampling_dtype(self.config.device))
+            images = self.sample(another, prompts, "another-class")
+        else:
+            images = self.sample(self.models[name], prompts, f"{name}-class") if prompts else []
         return [(prompt.text, image) for prompt, image in zip(prompts, images, strict=True)]
 
     def evaluate(self, name: str, stage: str, pipeline: Pipeline) -> dict[str, Score]:

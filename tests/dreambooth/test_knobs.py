@@ -113,6 +113,33 @@ def test_class_images_may_come_from_a_folder(pipeline, subject, tmp_path):
         Study(config.but(class_images_dir=str(empty)), subject, {"m": pipeline}, tmp_path).class_images("m")
 
 
+def test_class_images_may_be_another_models(pipeline, subject, pipeline_dir, tmp_path):
+    torch.manual_seed(5)
+    other = load_pipeline(pipeline_dir)
+    other.unet.conv_out.weight.data.normal_()
+    other.save_pretrained(tmp_path / "other")
+    config = SMALL.but(
+        prior_loss_weight=1.0, num_class_images=2, class_images_by=str(tmp_path / "other"), device="cpu",
+        images_dir=str(tmp_path / "images"), num_inference_steps=4,
+    )  # fmt: skip
+    study = Study(config, subject, {"m": pipeline, "n": pipeline}, tmp_path)
+    captioned = study.class_images("m")
+    assert [caption for caption, _ in captioned] == list(subject.class_prompts[:2])
+    own = Study(config.but(class_images_by=None), subject, {"m": pipeline}, tmp_path).class_images("m")
+    assert own[0][1].tobytes() != captioned[0][1].tobytes()
+    assert [image.tobytes() for _, image in study.class_images("n")] == [image.tobytes() for _, image in captioned]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"class_images_by": "a/b", "prior_loss_weight": 0.0}, "prior_loss_weight 0"),
+     ({"class_images_by": "a/b", "class_images_dir": "c", "prior_loss_weight": 1.0}, "expected one of them")],
+)  # fmt: skip
+def test_contradicting_sources_of_class_images_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        SMALL.but(**changes)
+
+
 def test_prompts_of_ones_own_are_sampled_on_the_way(pipeline, subject, tmp_path):
     config = SMALL.but(validation_prompts="a z cat, at night | a z cat on a boat", validation_steps=2)
     study = Study(config, subject, {"m": pipeline}, tmp_path)
