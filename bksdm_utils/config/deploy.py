@@ -33,7 +33,7 @@ class DemoAndExport(PresetSampling, TrainingData, Teacher):
     formats: tuple[Literal["diffusers", "single_file", "onnx", "core_ml"], ...] = parameter(
         ("diffusers", "single_file", "onnx"), "diffusers, single_file, onnx, core_ml; empty exports nothing"
     )
-    licence: str | None = parameter(None, "of the weights, for the model card")
+    licence: str | None = parameter(None, "of the weights, for the model card; None: the teacher's")
     repo_id: str | None = parameter(None, "name on the Hugging Face hub, for the list of what would be uploaded")
     push_to_hub: bool = parameter(False, "upload it; a new repository is private")
     gradio: bool = parameter(False, "open the demo page inside this notebook")

@@ -16,6 +16,7 @@ class Preset:
         common: parameter -> value, for every notebook.
         own: parameter class -> parameter -> value, for one notebook.
         measured: whether these settings have been run to the end by the authors.
+        licence: of the teacher, as the hub abbreviates it; its students inherit the terms.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Preset:
     common: Mapping[str, object] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     measured: bool = False
+    licence: str = "creativeml-openrail-m"
 
     def values_for(self, parameters: str) -> dict[str, object]:
         """The values for a parameter class by its name."""
@@ -31,7 +33,7 @@ class Preset:
 
 
 STORYBOOK = Preset(
-    "storybook", "data/storybook/teacher", "data/storybook/teacher", measured=True,
+    "storybook", "data/storybook/teacher", "data/storybook/teacher", measured=True, licence="mit",
     common={
         "variant": "bk_small", "clip": "data/storybook/clip", "resolution": 64, "flip": False, "streaming": False,
         "num_train_scenes": 3_000, "batch_size": 16, "mixed_precision": "no", "num_inference_steps": 25,
@@ -85,7 +87,9 @@ def _published(name: str, teacher: str, configs: str, variant: str = "bk_small",
     own = {"KDTraining": {**_PAPER_KD, **kd}, "CocoEvaluation": {**_PAPER_EVALUATION, "batch_size": batch},
            "DreamBoothTraining": _PAPER_DREAMBOOTH, "DemoAndExport": {"batch_size": kd.get("batch_size", 64)},
            "ArchitectureSurgery": {"latency_repeats": 0}}  # fmt: skip
-    return Preset(name, teacher, f"data/configs/{configs}", {**_PAPER, "variant": variant, **common}, own)
+    licence = "creativeml-openrail-m" if configs == "sd-v1" else "openrail++"  # of SD-v2 and SDXL
+    values = {**_PAPER, "variant": variant, **common}
+    return Preset(name, teacher, f"data/configs/{configs}", values, own, licence=licence)
 
 
 PRESETS: dict[str, Preset] = {

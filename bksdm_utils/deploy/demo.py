@@ -80,6 +80,8 @@ def app(models: Mapping[str, Pipeline], config: Demo = DEFAULTS):
     # Images are in Gradio's cache folder, from which the browser fetches them, for an hour.
     with gradio.Blocks(title="BK-SDM", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown("## BK-SDM: " + " beside ".join(models))
+        if config.teacher != DEFAULTS.teacher:
+            gradio.Markdown("There is no safety checker: nothing that these models generate is filtered.")
         for name in ("Text to image", "Image to image"):
             with gradio.Tab(name), gradio.Row():
                 with gradio.Column(scale=2, min_width=280):

@@ -50,10 +50,14 @@ another number of images are not comparable.
 {% for name, value in scores.items() %}| {{ name }} | {{ "%.3f" % value }} |
 {% else %}| not recorded | |
 {% endfor %}
-## Limits
+## Terms and limits
 
-A distilled student inherits what its teacher learned from its data, its biases and its licence's terms. It was not
-checked for safety; no safety checker is included.
+A distilled student inherits what its teacher learned from its data, its biases and its licence's terms.
+{% if "openrail" in (licence or "") %}The teacher's licence, {{ licence }}, allows only the uses that its attachment A
+does not restrict, and asks whoever passes these weights on, or serves them, to pass on the same terms.
+{% endif %}
+It was not checked for safety, and no safety checker is included: what it generates is not filtered. Filter prompts and
+images before others see them.
 """
 
 
@@ -84,14 +88,15 @@ def student_card(config: DemoAndExport, plan: str, student: Pipeline, path: str 
         known = {"base_model": trained["teacher"], "data": trained["train_data_dir"] or "storybook scenes, rendered",
                  "steps": f"{metrics['steps']:,}", "scores": metrics["after"],
                  "protocol": f"{trained['preset']}, notebook 03", "num_images": trained["num_images"]}  # fmt: skip
+    licence = config.licence or (None if config.own_teacher else config.chosen_preset.licence)
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", base_model=known["base_model"], model_name=plan,
-        license=config.licence or "other", tags=["stable-diffusion", "bk-sdm", "knowledge-distillation"],
+        license=licence or "other", tags=["stable-diffusion", "bk-sdm", "knowledge-distillation"],
     )  # fmt: skip
     title = f"{plan}, distilled from {config.preset}" + " with a LoRA merged" * bool(config.lora)
     return ModelCard.from_template(
         data, template_str=TEMPLATE, title=title, num_parameters=f"{student.unet.num_parameters():,}",
-        licence=config.licence, guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
+        licence=licence, guidance_scale=config.guidance_scale, num_inference_steps=config.num_inference_steps,
         **known,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ class Study:
         return [Image.open(image_path(folder, prompt.id)).copy() for prompt in prompts]
 
     def class_images(self, name: str) -> list[tuple[str, Image.Image]]:
-        """(caption, image) of the subject's class, for prior preservation: by the model, by another one, or of a folder."""
+        """(caption, image) of the subject's class, for prior preservation: by this model, another, or of a folder."""
         prompts = class_prompts(self.subject, self.config.num_class_images if self.config.prior_loss_weight else 0)
         if prompts and self.config.class_images_dir:
             images, _ = open_images(Path(resolve(self.config.class_images_dir)))

@@ -264,7 +264,7 @@ def test_student_card_reads_the_result_of_notebook_03(students, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     card = student_card(config, "bk_small", students["bk_small"], tmp_path / "unet_ema")
     assert (card.data.base_model, card.data.license, card.data.model_name) == ("t", "mit", "bk_small")
-    assert "| optimizer steps | 9 |" in card.text and "| clip_score | 0.800 |\n\n## Limits" in card.text
+    assert "| optimizer steps | 9 |" in card.text and "| clip_score | 0.800 |\n\n## Terms and limits" in card.text
     assert "Protocol: storybook, notebook 03; images: 64" in card.text
     with_lora = student_card(config.but(lora="x"), "bk_small", students["bk_small"], tmp_path / "unet_ema")
     assert (
@@ -332,3 +332,16 @@ def test_nothing_is_uploaded_without_push_to_hub(tmp_path, capsys, monkeypatch):
     assert "model.safetensors  0.02 MB" in (out := capsys.readouterr().out) and "me/student is private" in out
     upload(tmp_path, "me/known", push_to_hub=True)
     assert "me/known is public: everybody can see" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("preset", "licence", "restricted"),
+    [("storybook", "mit", False), ("sd-v1.4", "creativeml-openrail-m", True), ("sd-v2.1-base", "openrail++", True)],
+)
+def test_a_card_passes_the_teachers_terms_on(preset, licence, restricted, students, tmp_path):
+    config = DemoAndExport.filled(preset=preset, device="cpu")
+    card = student_card(config, "bk_small", students["bk_small"], tmp_path)
+    assert card.data.license == licence and ("attachment A" in card.text) == restricted
+    assert "no safety checker" in card.text
+    other = student_card(config.but(teacher="me/teacher"), "bk_small", students["bk_small"], tmp_path)
+    assert other.data.license == "other" and "| licence | not recorded |" in other.text
