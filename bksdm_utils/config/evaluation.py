@@ -19,6 +19,9 @@ class FolderSampling(Sampling):
     size: Side | None = parameter(None, "pixels a side; None is what the U-Net was trained for")
     image_format: Literal["png", "jpeg"] = parameter("png", "png, or jpeg of quality 75 as in the paper")
     batch_size: Positive = parameter(16, "images in one pass on a GPU; on a CPU passes have a fixed size")
+    noise: Literal["by_id", "running"] = parameter(
+        "by_id", "by_id: images are the same in any batch; running: one generator for all, as BK-SDM evaluated"
+    )
 
 
 class SampleFolder(FolderSampling, Common):

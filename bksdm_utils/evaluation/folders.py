@@ -24,7 +24,7 @@ from ..models.lora import load_lora
 from ..models.pipelines import Pipeline, load_pipeline, load_unet, sampling_dtype, with_unet
 from ..processes import follow, launch, running
 from .prompts import Prompt, check_prompts, read_prompts, storybook_prompts
-from .sampling import check_steps, image_seed, sample_batches
+from .sampling import check_steps, image_seed, sample_batches, sample_running
 
 ENCODINGS = {"png": (".png", {"format": "PNG"}), "jpeg": (".jpg", {"format": "JPEG", "quality": 75})}
 
@@ -59,6 +59,8 @@ def sample_folder(
     check_prompts(prompts)
     check_steps(pipeline, sampling)
     state = PartialState(cpu=pipeline.device.type == "cpu")
+    if sampling.noise == "running" and state.num_processes > 1:
+        raise ValueError("noise is running, which one process draws in order: expected by_id with several processes")
     # In several processes the others would wait in vain for the main one, and NCCL would end them.
     with folder_lock(folder, wait=state.num_processes == 1):
         complete = _claim(folder, prompts, _settings(model or model_hash(pipeline), sampling), state)
@@ -67,14 +69,29 @@ def sample_folder(
         yield Progress(before, total)
         # A share of what is missing: a share of all prompts may be complete, and its process would wait for the others.
         share = missing[state.process_index :: state.num_processes]
-        seeds = [image_seed(sampling.seed, prompt.id) for prompt in share]
-        for images in sample_batches(pipeline, [prompt.text for prompt in share], seeds, sampling):
-            newest = tuple(zip(share[done : done + len(images)], images, strict=True))
+        for newest in _passes(pipeline, prompts, share, sampling):
             for prompt, image in newest:
                 write_image(folder, prompt.id, image, sampling.image_format)
-            done += len(images)
+            done += len(newest)
             yield Progress(min(total, before + done * state.num_processes), total, newest)
         state.wait_for_everyone()  # one lock for all
+
+
+def _passes(
+    pipeline: Pipeline, prompts: Sequence[Prompt], share: Sequence[Prompt], sampling: FolderSampling
+) -> Iterator[tuple[tuple[Prompt, Image.Image], ...]]:
+    """The prompts of `share` with their images, pass by pass."""
+    if sampling.noise == "running":
+        ids = {prompt.id for prompt in share}
+        wanted = [prompt.id in ids for prompt in prompts]
+        for chosen, images in sample_running(pipeline, [prompt.text for prompt in prompts], wanted, sampling):
+            pairs = zip(prompts[chosen], images, strict=True)
+            yield tuple((prompt, image) for prompt, image in pairs if prompt.id in ids)
+        return
+    seeds, done = [image_seed(sampling.seed, prompt.id) for prompt in share], 0
+    for images in sample_batches(pipeline, [prompt.text for prompt in share], seeds, sampling):
+        yield tuple(zip(share[done : done + len(images)], images, strict=True))
+        done += len(images)
 
 
 def _claim(folder: Path, prompts: Sequence[Prompt], settings: Mapping, state: PartialState) -> Mapping[str, str]:
@@ -153,8 +170,9 @@ def delete_images(folder: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def _settings(model: str, sampling: FolderSampling) -> dict:
-    """What the images of a folder share; the batch size changes none of them."""
-    return {"model": model} | {name: value for name, value in sampling.values().items() if name != "batch_size"}
+    """What the images of a folder share; the batch size changes none of them, unless their noise is a running one."""
+    free = ("noise", "batch_size") if sampling.noise == "by_id" else ()
+    return {"model": model} | {name: value for name, value in sampling.values().items() if name not in free}
 
 
 def folder_of(images_dir: str | Path | None, name: str, model: str, sampling: FolderSampling) -> Path:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from diffusers import PNDMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..config.evaluation import FolderSampling
@@ -64,20 +65,48 @@ def sample_batches(
         if not hasattr(own, "pipeline"):
             own.pipeline = copies.pop()
         chosen = slice(start, start + size)
-        with memory_advice(f"sampling {len(captions[chosen])} images at once", "a smaller batch_size or "
-                           "sampling_batch_size", "fewer pixels (size)", "nothing else on this GPU"):  # fmt: skip
-            return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size if on_cpu else 0)
+        return _sample_pass(own.pipeline, captions[chosen], seeds[chosen], sampling, size if on_cpu else 0)
 
-    training = pipeline.unet.training
-    pipeline.unet.eval()
     torch.set_num_threads(1 if on_cpu else threads)
-    pipeline.vae.use_slicing = not on_cpu  # a whole batch decoded at once needs more memory than sampling it
     try:
-        yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
+        with _for_sampling(pipeline):
+            yield from in_threads(one_pass, range(0, len(captions), size), ahead=workers, workers=workers)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _for_sampling(pipeline: Pipeline) -> Iterator[None]:
+    """Within the block nothing drops out, and a GPU decodes images one by one: a whole batch needs more memory."""
+    training = pipeline.unet.training
+    pipeline.unet.eval()
+    pipeline.vae.use_slicing = pipeline.device.type != "cpu"
+    try:
+        yield
+    finally:
         pipeline.vae.use_slicing = False  # which would also encode images one by one
         pipeline.unet.train(training)
+
+
+def sample_running(
+    pipeline: Pipeline, captions: Sequence[str], wanted: Sequence[bool], sampling: FolderSampling
+) -> Iterator[tuple[slice, list[Image.Image]]]:
+    """Passes of `batch_size` captions with at least one wanted, their noise from one running generator.
+
+    So BK-SDM evaluates, with seed 1234; on a GPU, where a generator fills a batch in another order than its images one
+    by one, an image then depends on the batch size. Unwanted passes are drawn, so that the others keep their noise.
+    """
+    pipeline = with_scheduler(pipeline, sampling.scheduler)
+    generator = torch.Generator(pipeline.device).manual_seed(sampling.seed)
+    side = (sampling.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
+    shape = pipeline.unet.config.in_channels, side, side
+    with _for_sampling(pipeline):
+        for start in range(0, len(captions), sampling.batch_size):
+            chosen = slice(start, min(start + sampling.batch_size, len(captions)))
+            size = (chosen.stop - start, *shape)
+            latents = randn_tensor(size, generator, pipeline.device, pipeline.text_encoder.dtype)
+            if any(wanted[chosen]):
+                yield chosen, _sample_pass(pipeline, captions[chosen], latents, sampling)
 
 
 def check_steps(pipeline: Pipeline, sampling: FolderSampling) -> None:
@@ -89,17 +118,28 @@ def check_steps(pipeline: Pipeline, sampling: FolderSampling) -> None:
 
 @torch.no_grad()
 def _sample_pass(
-    pipeline: Pipeline, captions: Sequence[str], seeds: Sequence[int], sampling: FolderSampling, size: int
+    pipeline: Pipeline,
+    captions: Sequence[str],
+    noise: Sequence[int] | torch.Tensor,
+    sampling: FolderSampling,
+    size: int = 0,
 ) -> list[Image.Image]:
-    """Images of the captions; the batch is filled up to `size`."""
+    """Images of the captions from seeds, the batch filled up to `size`, or from latents."""
     padded = [*captions, *captions[-1:] * (size - len(captions))]
-    generators = [torch.Generator().manual_seed(s) for s in (*seeds, *seeds[-1:] * (size - len(seeds)))]
+    if isinstance(noise, torch.Tensor):
+        start = {"latents": noise}
+    else:
+        seeds = (*noise, *noise[-1:] * (size - len(noise)))
+        start = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
     # A U-Net in training has full-precision weights, beside parts that may have half.
     types = {part.dtype for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae)}
     half = next(iter(types - {torch.float32}), None)
-    with torch.autocast(pipeline.device.type, half, enabled=len(types) > 1), _timesteps_on_the_cpu(pipeline):
+    autocast = torch.autocast(pipeline.device.type, half, enabled=len(types) > 1)
+    advice = memory_advice(f"sampling {len(captions)} images at once", "a smaller batch_size or sampling_batch_size",
+                           "fewer pixels (size)", "nothing else on this GPU")  # fmt: skip
+    with autocast, advice, _timesteps_on_the_cpu(pipeline):
         images = pipeline(
-            padded, generator=generators, num_inference_steps=sampling.num_inference_steps,
+            padded, **start, num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale, height=sampling.size, width=sampling.size,
         ).images  # fmt: skip
     return images[: len(captions)]

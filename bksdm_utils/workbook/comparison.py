@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from PIL import Image
 
 from ..config.evaluation import FolderSampling, SampleFolder
@@ -35,10 +37,11 @@ class Comparison:
         paths: where the U-Nets of trained students were loaded from.
         students: the names of the trained students.
         folders: folders of images by model, once `sample` has filled them.
+        sampled: how many of them each model sampled in this run, and in how many seconds.
     """
 
     def __init__(self, run: Run):
-        self.run, self.config, self.folders = run, run.config, {}
+        self.run, self.config, self.folders, self.sampled = run, run.config, {}, {}
         self.prompts = run.if_available(image_folders.read_job_prompts, self.config.part(SampleFolder)) or []
         dtype = sampling_dtype(run.device)
         self.pipeline = find_pipeline(self.config.teacher, run.device, dtype) if self.prompts else None
@@ -72,8 +75,13 @@ class Comparison:
             if not self.config.resume:
                 image_folders.delete_images(folder, self.prompts)
             several = self._in_processes(name, folder) if self.config.num_processes else None
+            started, first = time.perf_counter(), None
             for progress in several or image_folders.sample_folder(model, self.prompts, folder, sampling, key):
+                first = progress.done if first is None else first
                 gallery.update(name, progress)
+            self.sampled[name] = {"images": progress.done - first, "seconds": time.perf_counter() - started}
+            if progress.done == first:
+                print(f"{name}: every image was there" + ", which no batch_size changes" * (sampling.noise == "by_id"))
         return self.folders
 
     def _label(self, name: str) -> str:
@@ -152,6 +160,8 @@ class Comparison:
             "scores": _plain(table), "images": images,
             "prompts_set_aside": [*getattr(self.prompts, "set_aside", ())],
             "students": {name: resolve(path) for name, path in self.paths.items()}, "unets": unets,
+            "sampled": self.sampled, "batch_size": self.config.batch_size,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.run.device == "cuda" else None,
             "steps": self.config.num_inference_steps, "guidance": self.config.guidance_scale,
             "fid_by_number": _plain(by_number), "by_guidance": _plain(by_guidance),
         }  # fmt: skip

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from helpers import kill_at, stop_at
+from PIL import Image
 
 from bksdm_utils.config.evaluation import FolderSampling, SampleFolder
 from bksdm_utils.core.surgery import build_student
@@ -22,7 +25,7 @@ from bksdm_utils.evaluation.folders import (
     sample_in_processes,
 )
 from bksdm_utils.evaluation.prompts import Prompt, storybook_prompts
-from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.models.pipelines import load_pipeline, with_scheduler, with_unet
 
 FAST = FolderSampling(num_inference_steps=4, guidance_scale=2.0)
 
@@ -190,3 +193,28 @@ def test_models_and_settings_have_their_own_folder(tmp_path):
     one, same, other = (folder_of(tmp_path, "a", "b", FAST.but(guidance_scale=g)) for g in (4, 4.0, 5))
     assert one == same != other != folder_of(tmp_path, "a", "c", FAST.but(guidance_scale=5)) and not one.exists()
     assert folder_of(tmp_path, "a", "b", FAST.but(batch_size=3)) == folder_of(tmp_path, "a", "b", FAST)
+
+
+def test_a_running_generator_gives_what_the_originals_loop_gives(pipeline_dir, tmp_path):
+    pipeline = load_pipeline(pipeline_dir)
+    prompts = [Prompt(str(i), text) for i, text in enumerate(("a cat", "a dog", "a house", "a tree", "a star"))]
+    sampling = FAST.but(noise="running", batch_size=2, seed=1234)
+    run(pipeline, prompts, tmp_path / "whole", sampling)
+    generator, expected = torch.Generator().manual_seed(1234), []
+    for start in (0, 2, 4):
+        texts = [prompt.text for prompt in prompts[start : start + 2]]
+        options = {"num_inference_steps": FAST.num_inference_steps, "guidance_scale": FAST.guidance_scale}
+        expected += with_scheduler(pipeline, FAST.scheduler)(texts, generator=generator, **options).images
+    for prompt, image in zip(prompts, expected, strict=True):
+        assert_same(Image.open(image_path(tmp_path / "whole", prompt.id)), image)
+    image_path(tmp_path / "whole", "3").unlink()  # sampled again from the same noise, its neighbour kept
+    kept = image_path(tmp_path / "whole", "2").stat().st_mtime_ns
+    run(pipeline, prompts, tmp_path / "whole", sampling)
+    assert_same(Image.open(image_path(tmp_path / "whole", "3")), expected[3])
+    assert image_path(tmp_path / "whole", "2").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="batch_size 2, now 3"):
+        run(pipeline, prompts, tmp_path / "whole", sampling.but(batch_size=3))
+
+
+def assert_same(one, other):
+    assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1

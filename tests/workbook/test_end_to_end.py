@@ -15,6 +15,7 @@ from bksdm_utils.core.plans import RemovalPlan, Stage
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.dreambooth.job import DreamBoothModel
 from bksdm_utils.models.pipelines import load_pipeline, with_unet
+from bksdm_utils.workbook.headless import plan_jobs, run_jobs
 from bksdm_utils.workbook.parameters import find_notebook
 
 pytestmark = pytest.mark.slow
@@ -214,3 +215,15 @@ def test_without_weights_there_is_nothing_to_play_with_and_it_says_so(tmp_path):
     result = run_notebook("06", tmp_path / "offline", preset="sd-v2.1")
     assert result["metrics"]["megabytes"] == {} and result["metrics"]["few_steps"] == {}
     assert "No weights: " in (tmp_path / "offline" / "06.ipynb").read_text()
+
+
+def test_students_are_scored_without_their_teacher(tmp_path):
+    job = {"with_teacher": False, "untrained": True, "num_images": 20, "num_inference_steps": 4, "scheduler": "dpm++",
+           "guidances": "", "images_dir": str(tmp_path / "images"), "output_dir": str(tmp_path / "run")}  # fmt: skip
+    assert run_jobs(plan_jobs(["04"], job)) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert set(metrics["scores"]) == {"copied", "random"} and "distance to teacher" not in metrics["scores"]["copied"]
+    assert metrics["sampled"]["copied"]["images"] == 20 and set(metrics["unets"]) == {"copied", "random"}
+    assert run_jobs(plan_jobs(["04"], {**job, "batch_size": 4})) == 0
+    again = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert again["sampled"]["copied"]["images"] == 0 and again["scores"] == metrics["scores"]
