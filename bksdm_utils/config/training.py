@@ -184,7 +184,9 @@ class KDTraining(PresetSampling, TrainingData, Training.preset_decides(*_KD), Te
     lambda_sd: NonNegative | None = parameter(None, "weight of the task loss", heading="distillation")
     lambda_kd_output: NonNegative | None = parameter(None, "weight of the output distillation")
     lambda_kd_feat: NonNegative | None = parameter(None, "weight of the feature distillation")
-    kd: Literal["block", "self_attention"] = parameter("block", "taps: block (BK-SDM) or self_attention (KOALA)")
+    kd: Literal["block", "self_attention", "segmind"] = parameter(
+        "block", "taps: block (BK-SDM), self_attention (KOALA) or segmind (distill-sd)"
+    )
     copy_weights: bool = parameter(True, "start from the teacher's weights, not from random ones")
     published_tiny: bool = parameter(False, "as the original trained bk_tiny: the third encoder tap has no gradient")
     normalise_features: bool = parameter(False, "divide each tap's loss by the teacher's mean square there")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from .copying import source_of
 from .plans import RemovalPlan, attention_depths, layers_per_stage, resolve_plan
 
-KD_KINDS = ("block", "self_attention")
+KD_KINDS = ("block", "self_attention", "segmind")
 
 
 def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block") -> list[tuple[str, str]]:
@@ -21,19 +21,32 @@ def tap_pairs(plan: str | RemovalPlan, teacher_config: Mapping, kd: str = "block
     Args:
         kd: "block" taps the end of every stage, as BK-SDM does (section 3.2). "self_attention" taps, as KOALA does
             (arXiv 2312.04005), the self-attention of every transformer block that stayed, beside the same block of the
-            teacher, and the end of those stages that have no attention.
+            teacher, and the end of those stages that have no attention. "segmind" is distill-sd's: as "block", with the
+            mid block where it stayed; see `_segmind_taps` for removed stages.
 
     Where the plan removes innermost stages, the student's last down stage no longer ends in a downsampler as the
     teacher's does; there the last attention's `proj_out` of both is compared.
 
     Raises:
-        ValueError: `kd` is neither, or the plan is unknown.
+        ValueError: `kd` is none of these, or the plan is unknown.
     """
     if kd not in KD_KINDS:
         raise ValueError(f"kd is {kd!r}: expected one of {', '.join(KD_KINDS)}")
     plan = resolve_plan(plan, teacher_config)
     pairs = _block_taps(plan, teacher_config)
-    return pairs if kd == "block" else _self_attention_taps(plan, teacher_config, pairs)
+    others = {"self_attention": _self_attention_taps, "segmind": _segmind_taps}
+    return others[kd](plan, teacher_config, pairs) if kd in others else pairs
+
+
+def _segmind_taps(plan: RemovalPlan, teacher_config: Mapping, block_taps: Sequence) -> list[tuple[str, str]]:
+    """As distill-sd's distill_training.py compares them. Where innermost stages are removed it pairs the student's last
+    down stage with the teacher's up block that first has its resolution.
+    """
+    total, kept, pairs = len(teacher_config["block_out_channels"]), len(plan.stages), list(block_taps)
+    if kept < total:
+        pairs[kept - 1] = f"up_blocks.{total - kept - 1}", f"down_blocks.{kept - 1}"
+    mid = [("mid_block", "mid_block")] if plan.mid and kept == total else []
+    return [*pairs[:kept], *mid, *pairs[kept:]]
 
 
 def _self_attention_taps(plan: RemovalPlan, teacher_config: Mapping, block_taps: Sequence) -> list[tuple[str, str]]:

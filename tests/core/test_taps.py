@@ -38,6 +38,14 @@ def test_taps_of_koala_are_self_attentions_of_the_first_blocks():
         tap_pairs("koala_1b", SDXL, kd="attention")
 
 
+def test_taps_of_distill_sd():
+    stages = [(f"down_blocks.{i}",) * 2 for i in range(4)], [(f"up_blocks.{i}",) * 2 for i in range(4)]
+    assert tap_pairs("bk_base", SD_V1, "segmind") == [*stages[0], ("mid_block", "mid_block"), *stages[1]]
+    assert tap_pairs("bk_small", SD_V1, "segmind") == [*stages[0], *stages[1]]
+    up = [(f"up_blocks.{i + 1}", f"up_blocks.{i}") for i in range(3)]
+    assert tap_pairs("bk_tiny", SD_V1, "segmind") == [*stages[0][:2], ("up_blocks.0", "down_blocks.2"), *up]
+
+
 @pytest.mark.parametrize("kd", KD_KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tapped_modules_exist_and_agree_in_shape(variant, kd, teacher, teacher_xl):
