@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
 from ..files import new_folder
-from ..models.pipelines import with_unet
+from ..models.pipelines import Pipeline, with_unet
 from ..models.saving import prefixed, save_tokenizer
-from .formats import NotExpressible, check_sd
+from .formats import NotExpressible
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
@@ -26,31 +26,77 @@ VAE_PARTS = {"conv_norm_out": "norm_out", "downsamplers.0": "downsample", "upsam
              "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut"}  # fmt: skip
 
 
-def save_single_file(pipeline: StableDiffusionPipeline, folder: str | Path, name: str) -> str:
-    """One file in the layout of the original Stable Diffusion, which Automatic1111 and ComfyUI read.
+OPEN_CLIP = {"embeddings.token_embedding": "token_embedding", "encoder.layers": "transformer.resblocks",
+             "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj",
+             "final_layer_norm": "ln_final"}  # fmt: skip
+UNUSED_LAYER = 23  # of SD-v2's text encoder: its file has 24 layers, of which the last is never used
 
-    `folder` gets name.safetensors; name.yaml, the description that Automatic1111 needs beside it; and config/, with
-    which `StableDiffusionPipeline.from_single_file(file, config=…)` loads it offline. That layout always has a mid
-    block: a student without one gets one whose residuals are zero. Returns a remark for users of the file.
+
+def save_single_file(pipeline: Pipeline, folder: str | Path, name: str) -> str:
+    """One file in the layout of the original Stable Diffusion (v1, v2 or XL), which Automatic1111 and ComfyUI read.
+
+    `folder` gets name.safetensors; name.yaml, the description that Automatic1111 needs beside it, except of SDXL; and
+    config/, with which `from_single_file(file, config=…)` of the pipeline loads it offline. That layout always has a
+    mid block: a student without one gets one whose residuals are zero. Returns a remark for users of the file.
 
     Raises:
         NotExpressible: the layout cannot hold the model.
         ValueError: the folder exists.
     """
-    check_sd(pipeline)
     unet = with_mid_block(pipeline.unet)
     _check_expressible(unet)
     added = unet.num_parameters() - pipeline.unet.num_parameters()
     tensors = {f"model.diffusion_model.{k}": t for k, t in ldm_unet(unet).items()}
     tensors |= {f"first_stage_model.{k}": t for k, t in ldm_vae(pipeline.vae).items()}
-    texts = pipeline.text_encoder.state_dict().items()
-    tensors |= {f"cond_stage_model.transformer.{prefixed(k)}": t for k, t in texts if not k.endswith("position_ids")}
+    tensors |= _ldm_texts(pipeline)
     tensors |= {mark: torch.zeros(1) for mark in _marks(pipeline.scheduler.config)}
     with new_folder(folder) as part:
         save_file({k: t.contiguous() for k, t in tensors.items()}, part / f"{name}.safetensors")
-        (part / f"{name}.yaml").write_text(yaml.safe_dump(ldm_config(unet, pipeline), sort_keys=False))
+        if not _is_xl(pipeline):
+            (part / f"{name}.yaml").write_text(yaml.safe_dump(ldm_config(unet, pipeline), sort_keys=False))
         _save_configs(with_unet(pipeline, unet), part / "config")
     return _remark(pipeline, added)
+
+
+def _is_xl(pipeline: Pipeline) -> bool:
+    return isinstance(pipeline, StableDiffusionXLPipeline)
+
+
+def _ldm_texts(pipeline: Pipeline) -> dict[str, torch.Tensor]:
+    """The text encoders' weights: SD-v1's by transformers' names, SD-v2's by OpenCLIP's, SDXL has one of each."""
+    first = pipeline.text_encoder.state_dict()
+    if not _is_xl(pipeline) and pipeline.unet.config.use_linear_projection:
+        return {f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip_text(first).items()}
+    start = "conditioner.embedders.0" if _is_xl(pipeline) else "cond_stage_model"
+    tensors = {f"{start}.transformer.{prefixed(k)}": t for k, t in first.items() if not k.endswith("position_ids")}
+    if _is_xl(pipeline):
+        second = open_clip_text(pipeline.text_encoder_2.state_dict())
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
+    return tensors
+
+
+def open_clip_text(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text encoder's weights by OpenCLIP's names, where queries, keys and values are one matrix."""
+    named = {prefixed(name).removeprefix("text_model."): tensor for name, tensor in state.items()}
+    tensors = {"positional_embedding": named.pop("embeddings.position_embedding.weight")}
+    projection = named.pop("text_projection.weight", None)  # SD-v2 has none that is used; its width is read from it
+    tensors["text_projection"] = (
+        torch.eye(tensors["positional_embedding"].shape[1]) if projection is None else projection.T
+    )
+    for name in [name for name in named if ".q_proj." in name]:
+        parts = [named.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        named[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    for name, tensor in named.items():
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if not name.endswith("position_ids"):
+            tensors[name] = tensor
+    last = f"transformer.resblocks.{UNUSED_LAYER - 1}."
+    if projection is None and f"{last}ln_1.weight" in tensors:
+        unused = {name.replace(last, f"transformer.resblocks.{UNUSED_LAYER}."): torch.zeros_like(tensor)
+                  for name, tensor in tensors.items() if name.startswith(last)}  # fmt: skip
+        tensors |= unused
+    return tensors
 
 
 def _marks(schedule: Mapping) -> list[str]:
@@ -59,12 +105,12 @@ def _marks(schedule: Mapping) -> list[str]:
     return ["v_pred"] * v_pred + ["ztsnr"] * bool(v_pred and schedule.get("rescale_betas_zero_snr"))
 
 
-def _remark(pipeline: StableDiffusionPipeline, added: int) -> str:
+def _remark(pipeline: Pipeline, added: int) -> str:
     mid_block = f"a mid block that changes nothing was added, {added:,} parameters; " if added else ""
-    if pipeline.text_encoder.config.hidden_size == 768:
+    if pipeline.text_encoder.config.hidden_size in (768, 1024):  # CLIP ViT-L/14 of SD-v1 and SDXL, ViT-H/14 of SD-v2
         return mid_block + "not yet tried in Automatic1111 and ComfyUI themselves"
-    return mid_block + ("Automatic1111 and ComfyUI expect the text encoder CLIP ViT-L/14, which this one is not: "
-                        "diffusers loads the file, they do not")  # fmt: skip
+    return mid_block + ("Automatic1111 and ComfyUI expect the text encoder CLIP ViT-L/14 or ViT-H/14, which this one "
+                        "is not: diffusers loads the file, they do not")  # fmt: skip
 
 
 def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -80,8 +126,6 @@ def with_mid_block(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def _check_expressible(unet: UNet2DConditionModel) -> None:
-    if unet.config.use_linear_projection:
-        raise NotExpressible("single files are for SD-v1 only: SD-v2 names its text encoder otherwise. Use diffusers")
     layers = {len(block.resnets) for block in unet.down_blocks}
     if len(layers) > 1 or any(len(block.resnets) != max(layers) + 1 for block in unet.up_blocks):
         raise NotExpressible(f"the original layout has as many layers in every stage, this U-Net {sorted(layers)}: "
@@ -93,7 +137,8 @@ def ldm_unet(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     names = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
               "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+              "mid_block.resnets.1": "middle_block.2", "add_embedding.linear_1": "label_emb.0.0",
+              "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
     layers = len(unet.down_blocks[0].resnets)  # in every stage; one more on the way up
     for i in range(len(unet.down_blocks)):
         names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * (layers + 1)}.0.op"
@@ -135,9 +180,16 @@ def ldm_config(unet: UNet2DConditionModel, pipeline: StableDiffusionPipeline) ->
         "in_channels": config.in_channels, "out_channels": config.out_channels, "model_channels": width,
         "num_res_blocks": config.layers_per_block, "attention_resolutions": attending,
         "channel_mult": [channels // width for channels in config.block_out_channels],
-        "num_heads": config.attention_head_dim, "use_spatial_transformer": True, "transformer_depth": 1,
-        "context_dim": config.cross_attention_dim, "use_checkpoint": False, "legacy": False, "image_size": 32,
+        "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": config.cross_attention_dim,
+        "use_checkpoint": False, "legacy": False, "image_size": 32,
     }  # fmt: skip
+    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
+    if config.use_linear_projection:  # SD-v2: heads of one width, not one number of heads
+        text = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+                "params": {"freeze": True, "layer": "penultimate"}}  # fmt: skip
+        network |= {"num_head_channels": width // config.attention_head_dim[0], "use_linear_in_transformer": True}
+    else:
+        network["num_heads"] = config.attention_head_dim
     first = {
         "embed_dim": vae.latent_channels, "lossconfig": {"target": "torch.nn.Identity"},
         "ddconfig": {"double_z": True, "z_channels": vae.latent_channels, "resolution": 256, "in_channels": 3,
@@ -152,16 +204,17 @@ def ldm_config(unet: UNet2DConditionModel, pipeline: StableDiffusionPipeline) ->
         "conditioning_key": "crossattn", "scale_factor": vae.scaling_factor, "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": first},
-        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+        "cond_stage_config": text,
     }  # fmt: skip
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
-def _save_configs(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def _save_configs(pipeline: Pipeline, folder: Path) -> None:
     """A diffusers folder without its weights."""
     folder.mkdir()
     pipeline.save_config(folder)
     for part in ("unet", "vae", "scheduler"):
         getattr(pipeline, part).save_config(folder / part)
-    pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
-    save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
+    for number in ("", "_2") if _is_xl(pipeline) else ("",):
+        getattr(pipeline, f"text_encoder{number}").config.save_pretrained(folder / f"text_encoder{number}")
+        save_tokenizer(getattr(pipeline, f"tokenizer{number}"), folder / f"tokenizer{number}")
