@@ -20,7 +20,7 @@ from ..data.scenes import COLOURS, OBJECTS, PLACES, SIZES, Thing
 from ..files import ROOT, NotAvailable
 from ..models.devices import memory_advice
 from ..models.hashes import tensors_hash
-from ..models.loading import load
+from ..models.loading import check_tokenizer, load
 
 try:  # published CLIP scores are of Pillow's resizing; transformers 5 resizes with torchvision by default
     from transformers import CLIPImageProcessorPil
@@ -83,6 +83,11 @@ class MetricClip:
         self.model = load(CLIPModel, path, local_files_only=True).float().to(device).eval()
         self.tokenizer = load(CLIPTokenizer, path, local_files_only=True)
         self.processor = load(CLIPImageProcessorPil, path, local_files_only=True)
+        check_tokenizer(self.tokenizer, self.model.config.text_config.vocab_size, path)
+        side, expected = dict(self.processor.crop_size).get("height"), self.model.config.vision_config.image_size
+        if self.processor.do_center_crop and side != expected:
+            raise ValueError(f"the image processor of {str(path)!r} makes images of {side} pixels, its network takes "
+                             f"{expected}: expected the processor that belongs to it")  # fmt: skip
 
     @cached_property
     def key(self) -> str:

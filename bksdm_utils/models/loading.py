@@ -70,8 +70,45 @@ def load(cls: type, path: str | Path, **kwargs) -> Any:
         library.utils.logging.disable_progress_bar()
     with named_errors(cls.__name__, path):
         if hasattr(cls, "load_state_dict"):
-            return _network(cls, resolve(path), **kwargs)
+            _check_files(Path(resolve(path), kwargs.get("subfolder", "")))
+            model = _network(cls, resolve(path), **kwargs)
+            check_finite(model)
+            return model
         return cls.from_pretrained(resolve(path), **kwargs)
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, path: str | Path) -> None:
+    """Raises ValueError for a tokenizer that is not of a text encoder with so many tokens.
+
+    Without its files transformers makes one that knows no word.
+    """
+    if not 0.9 * vocabulary <= len(tokenizer) <= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {str(path)!r} has {len(tokenizer):,} tokens, its text encoder "
+            f"{vocabulary:,}: expected the tokenizer that it was trained with; are its files there?"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError for weight files that are cut short or hold integers, of which values would be made up."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                kinds = {name: opened.get_slice(name).get_dtype() for name in list(opened.keys())}
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} is cut short or no file of safetensors ({error})") from None
+        if whole := sorted(name for name, kind in kinds.items() if kind[0] in "IU" and not HARMLESS.search(name)):
+            raise ValueError(f"{file.name} holds integers ({whole[0]} and {len(whole) - 1} more): quantised weights "
+                             "cannot be loaded as plain ones")  # fmt: skip
+
+
+def check_finite(model: Any) -> None:
+    """Raises ValueError where a weight is not a number or infinite, as a diverged training leaves them."""
+    wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of its tensors hold NaN or infinite values, such as {wrong[0]}")
 
 
 def _network(cls: type, path: str, **kwargs) -> Any:

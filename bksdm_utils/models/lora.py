@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ..files import resolve
 from .hashes import architecture_hash
-from .loading import named_errors
+from .loading import check_finite, named_errors
 from .pipelines import Pipeline, own_copy
 
 LORA_BASE = "bksdm_base"  # entry of a LoRA file's metadata: architecture_hash of the U-Net it was trained on
@@ -42,6 +42,8 @@ def load_lora(pipeline: Pipeline, path: str | Path, parts: Sequence[str] = ()) -
             merged = _merge_published(pipeline, published)
         else:
             merged = _merge_file(pipeline, path)
+        for part in merged:
+            check_finite(getattr(pipeline, part))
     if lacking := [part for part in parts if part not in merged]:
         raise ValueError(f"the LoRA {path!r} has nothing for {', '.join(lacking)}, only for "
                          f"{', '.join(merged) or 'nothing'}: train it with train_text_encoder=True")  # fmt: skip

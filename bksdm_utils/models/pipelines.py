@@ -19,7 +19,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..core.families import vae_overflows_in_fp16
 from ..files import NotAvailable, is_hub_id, link, resolve
-from .loading import load, named_errors
+from .loading import check_tokenizer, load, named_errors
 from .saving import save_pipeline
 from .single_file import is_single_file, load_single_file
 
@@ -57,8 +57,10 @@ def _load_parts(teacher: str | Path) -> Pipeline:
             _check_parts(path)
     with named_errors("the pipeline", teacher):
         index = DiffusionPipeline.load_config(resolve(teacher))
-    if index["_class_name"] not in PARTS:
-        raise ValueError(f"{teacher} is a {index['_class_name']}: expected one of {', '.join(PARTS)}")
+    if index.get("_class_name") not in PARTS:
+        raise ValueError(f"{teacher} is a {index.get('_class_name')}: expected one of {', '.join(PARTS)}")
+    if lacking := [part for part in PARTS[index["_class_name"]] if not index.get(part, [None])[0]]:
+        raise ValueError(f"model_index.json of {teacher} names no {', '.join(lacking)}: expected a whole pipeline")
     networks = {part: load(getattr(import_module(index[part][0]), index[part][1]), teacher, subfolder=part,
                            torch_dtype=torch.float32)
                 for part in PARTS[index["_class_name"]] if part in NETWORKS}  # fmt: skip
@@ -81,6 +83,13 @@ def _check_fit(pipeline: Pipeline, teacher: str | Path) -> None:
     if channels != latents:
         raise ValueError(f"the U-Net of {teacher} takes {channels} channels, its autoencoder makes {latents}: expected "
                          "as many (inpainting teachers cannot be distilled yet)")  # fmt: skip
+    vae, texts = pipeline.vae.config, [name for name in NETWORKS if name.startswith("text") and hasattr(pipeline, name)]
+    for name in texts:
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        check_tokenizer(tokenizer, getattr(pipeline, name).config.vocab_size, teacher)
+    if not vae.scaling_factor or vae.scaling_factor < 0 or vae.get("shift_factor") or vae.get("latents_mean"):
+        named = {name: vae.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean")}
+        raise ValueError(f"the autoencoder of {teacher} has {named}: expected a scaling factor and no shift")
     config = pipeline.scheduler.config
     if "beta_schedule" not in config or config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
         raise ValueError(f"the scheduler of {teacher} is a {type(pipeline.scheduler).__name__} that predicts "

@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import (
     load_single_file_checkpoint,
 )
 
-from .loading import named_errors
+from .loading import check_finite, named_errors
 
 EXPECTED = ("a whole Stable Diffusion of the original layout; offline with its folder config beside it, as notebook 06 "
             "writes it")  # fmt: skip
@@ -62,6 +62,8 @@ def _check_complete(pipeline: StableDiffusionPipeline) -> None:
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     lacking = [f"{part}.{name}" for part, network in networks.items()
                for name, tensor in network.state_dict().items() if tensor.is_meta]  # fmt: skip
+    for network in networks.values() if not lacking else ():
+        check_finite(network)
     if lacking:
         raise ValueError(f"it lacks {', '.join(lacking[:3])}" + f" and {len(lacking) - 3} more" * (len(lacking) > 3))
 

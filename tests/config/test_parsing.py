@@ -16,7 +16,8 @@ from bksdm_utils.workbook.parameters import CLASSES
 ALL = [*CLASSES.values(), SampleFolder, Demo, Training]
 FIELDS = [(kind, name) for kind in ALL for name in kind.model_fields]
 WITH = {"streaming": {"train_data_dir": "shards"}, "checkpoint": {"resume": True}, "ema_device": {"ema_decay": 0.9},
-        "lr_decay_start": {"lr_schedule": "linear"}}  # what a parameter needs beside it  # fmt: skip
+        "lr_decay_start": {"lr_schedule": "linear"}, "identifier": {"subject": "tabby"},
+        "class_word": {"subject": "tabby"}}  # what a parameter needs beside it  # fmt: skip
 IDS = [f"{kind.__name__}.{name}" for kind, name in FIELDS]
 
 

@@ -46,7 +46,7 @@ def test_the_report_says_what_fits_and_how_long_it_takes(pipeline_dir):
     assert text.splitlines()[-1].split()[0] != "0" and "minutes at 0 TFLOP/s" in text
 
 
-@pytest.mark.parametrize("notebook", ["03", "05"])
+@pytest.mark.parametrize("notebook", ["03", pytest.param("05", marks=pytest.mark.slow)])
 def test_the_command_needs_no_weights(pipeline_dir, notebook):
     done = CliRunner().invoke(main, ["memory", notebook, "-p", "preset", "sd-v1.4", "-p", "teacher", str(pipeline_dir),
                                      "-p", "resolution", "64", "-p", "batch_size", "2"])  # fmt: skip

@@ -15,6 +15,7 @@ def allocated(config):
     return dreambooth_memory(config, [4])[4].allocated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_every_switch_that_saves_memory_does(pipeline_dir, method):
     plain = allocated(narrow(pipeline_dir, method))
@@ -29,6 +30,7 @@ def test_adapters_need_less_than_all_weights(pipeline_dir):
     assert tera_operations(lora) == pytest.approx(tera_operations(full) * 2 / 3)
 
 
+@pytest.mark.slow
 def test_the_report_has_both_methods(pipeline_dir):
     text = report(narrow(pipeline_dir, "full").but(methods=("full", "lora")), tflops=1e-6)
     assert "full with checkpointing" in text and "12 GB: full up to 8" in text and "800 steps of batch 1" in text

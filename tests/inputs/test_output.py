@@ -9,7 +9,9 @@ import pytest
 from bksdm_utils.files import ROOT
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow), pytest.param("utf-8", marks=pytest.mark.slow)]
+)
 def test_output_in_another_encoding_does_not_end_a_command(tmp_path, encoding):
     plan = tmp_path / "✓ 东京.json"
     plan.write_text("no plan")
@@ -20,7 +22,7 @@ def test_output_in_another_encoding_does_not_end_a_command(tmp_path, encoding):
     assert done.returncode == 1 and "not a removal plan" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
 def test_a_check_is_said_in_any_encoding(encoding):
     code = """from bksdm_utils.workbook.cli import main
 from bksdm_utils.workbook.run import check

@@ -101,6 +101,7 @@ load_unet("nota-ai/nowhere", pipeline)
 """
 
 
+@pytest.mark.slow
 def test_a_student_of_the_hub_is_found_in_a_pipeline_or_alone(pipeline, tmp_path):
     student = build_student(pipeline.unet, "bk_tiny")
     for name, inside in (("whole", "unet"), ("unet-alone", "")):
