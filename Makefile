@@ -25,13 +25,13 @@ workbook: .venv/ready ## run all notebooks on the storybook preset; results, ima
 	$(BIN)/python -m bksdm_utils run all
 
 test: .venv/ready ## the quick tests, about five minutes on two idle cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not nightly" --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not nightly" --durations 5
 
 test-all: .venv/ready ## the slow tests too, without the nightly ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not nightly" --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not nightly" --durations 20
 
 test-nightly: .venv/ready ## what needs a second environment or very long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m nightly --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m nightly --durations 20
 
 results: .venv/ready ## the README's table: all three students with three seeds each, about an hour on two cores
 	$(BIN)/python -m bksdm_utils run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0

@@ -40,6 +40,11 @@ NARROW_XL = SDXL | {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that no process waits for it at the end."""
+    items.sort(key=lambda item: "test_golden" not in item.nodeid)
+
+
 @pytest.fixture
 def teacher() -> UNet2DConditionModel:
     """A narrow SD-v1-shaped U-Net with random weights."""

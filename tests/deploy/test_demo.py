@@ -295,7 +295,7 @@ def test_page_names_what_it_refuses(page):
             visitor.predict(**sent(**changes))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_queue_takes_its_share_of_fifty_requests(page, models):
     visitors = [client(page) for _ in range(5)]
 

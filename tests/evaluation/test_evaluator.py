@@ -291,7 +291,7 @@ def seconds_of_folder(folder, count, pipeline):
     return seconds
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_time_of_a_folder_is_proportional_to_its_images(tmp_path, pipeline_dir, monkeypatch):
     classes = Network("classes", "0", 8, lambda x: torch.from_numpy(np.array(x)).float().flatten()[-8:], lambda x: x)
     monkeypatch.setitem(PROTOCOLS, "tiny", Protocol("tiny", as_stored, "tiny", classes=lambda _: classes))

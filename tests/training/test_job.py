@@ -188,7 +188,7 @@ assert os.waitpid(start(), 0)[1] == 0
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_an_unbroken_one(narrow, tmp_path):
     """SIGKILL while loading, encoding the cache, training, validating and writing checkpoints."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -51,8 +51,11 @@ SMALL = {
 EXCEPT = {"lr_schedule", "ema_decay", "mixed_precision", "checkpoint_steps", "max_train_steps", "image_format", "size"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", SMALL)
+SLOW = [pytest.param(number, marks=pytest.mark.slow if number in ("03", "04", "05") else pytest.mark.nightly)
+        for number in SMALL]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", SLOW)
 def test_the_configuration_is_what_trainer_sampler_and_scorer_got(number, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(RECORDER)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BKSDM_RECORD": str(tmp_path / "record.jsonl")}
