@@ -180,21 +180,21 @@ def holds(plan, config, teacher, folder):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **SLOWLY)
+@settings(max_examples=40, **SLOWLY)
 @given(plan=plans(NARROW))
 def test_any_valid_plan_gives_a_plain_model_with_a_total_map(plan, tmp_path_factory, narrow_teacher):
     holds(plan, NARROW, narrow_teacher, tmp_path_factory.mktemp("student"))
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **SLOWLY)
+@settings(max_examples=40, **SLOWLY)
 @given(plan=plans(STORYBOOK))
 def test_any_valid_plan_fits_the_storybook(plan, tmp_path_factory, storybook_teacher):
     holds(plan, STORYBOOK, storybook_teacher, tmp_path_factory.mktemp("student"))
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **SLOWLY)
+@settings(max_examples=20, **SLOWLY)
 @given(plan=plans(SD_V1))
 def test_any_valid_plan_fits_sd_v1_in_full_size(plan):
     names, teacher = weight_map(SD_V1, plan), empty_unet(SD_V1).state_dict()

@@ -40,8 +40,8 @@ def test_the_tokenizer_writes_any_text():
     assert tokenizer.unk_token_id not in tokenizer("zebra ☃ 123").input_ids[1:-1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.nightly if name == "three_stages" else
+                                               pytest.mark.slow) for name in RECIPES])  # fmt: skip
 def test_making_runs_every_stage_and_resumes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "score", lambda *_, **__: None)
     recipe, made, kept = RECIPES[name], tmp_path / "made", tmp_path / "kept"
