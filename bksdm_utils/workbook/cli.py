@@ -16,7 +16,7 @@ from ..config.base import Config
 from ..config.deploy import Demo
 from ..config.evaluation import SampleFolder
 from ..config.training import KDTraining
-from ..files import ROOT, write_json
+from ..files import ROOT, is_main_process, write_json
 from .headless import plan_jobs, run_jobs
 from .parameters import find_notebook, parameters_help
 from .protection import check_folder
@@ -114,7 +114,8 @@ def _add_job(name: str, kind: type[Config], config_of: str, text: str) -> None:
             settings = fill(kind, values)
         else:
             settings = kind(**{**json.loads(config.read_text(encoding="utf-8")), **values})
-        check_folder(settings, folder)
+        if is_main_process():  # the others may see what it has written already
+            check_folder(settings, folder)
         if config is None or values:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", settings.model_dump(mode="json"))

@@ -77,3 +77,14 @@ def test_a_toy_run_beside_a_long_one_leaves_every_file_as_it_was(tmp_path, capsy
     assert result.exit_code == 1 and "trained for 40 steps" in result.output
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert json.loads(before[tmp_path / "config.json"])["max_train_steps"] == 40
+
+
+def test_of_several_processes_the_first_one_looks(tmp_path, monkeypatch):
+    """It may have written its configuration before another looks, which would take its run for an interrupted one."""
+    trained(tmp_path, LONG.but(max_train_steps=80))
+    ran = []
+    monkeypatch.setattr("bksdm_utils.workbook.jobs.run_job", lambda config, folder: ran.append(config.max_train_steps))
+    command = ["train", "--config", str(tmp_path / "config.json")]
+    assert CliRunner().invoke(main, command).exit_code == 1
+    monkeypatch.setenv("RANK", "1")
+    assert CliRunner().invoke(main, command).exit_code == 0 and ran == [80]
