@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import Annotated, ClassVar, NamedTuple
+
+from pydantic import AfterValidator
 
 from .base import Config, PathText, Positive, parameter
 from .shared import Common, Teacher
 from .training import Count
+
+
+class Budget(NamedTuple):
+    """The share of the teacher's cost, "macs" or "params", that a plan may have."""
+
+    kind: str
+    share: float
+
+    @classmethod
+    def read(cls, text: str) -> Budget:
+        """A budget from text such as macs:0.6."""
+        if not re.fullmatch(r"(macs|params):(0?\.\d+|1|1\.0+)", text) or float(text.split(":")[1]) == 0:
+            raise ValueError(f"budget is {text!r}: expected macs or params, a colon and a share of the teacher's, "
+                             "macs:0.6")  # fmt: skip
+        kind, share = text.split(":")
+        return cls(kind, float(share))
+
+
+def _budget(text: str) -> str:
+    Budget.read(text)
+    return text
 
 
 class Samples(Config):
@@ -36,6 +60,9 @@ class ArchitectureSurgery(Samples, Teacher):
     num_inference_steps: Positive = parameter(20, "denoising steps for each image")
     student: PathText | None = parameter(None, "somebody's U-Net folder or hub id, to find out which plan it follows")
     greedy_steps: Count = parameter(6, "how many units are removed one after another")
+    budget: Annotated[str, AfterValidator(_budget)] | None = parameter(
+        None, "search a plan of at most this cost, macs:0.6 or params:0.5; None: of the named plans' MACs"
+    )
     latency_repeats: Count | None = parameter(None, "timed passes of each U-Net; 0 leaves the timing out")
 
 

@@ -37,14 +37,6 @@ def _render(scene: Scene, things: Sequence[tuple], seed: int, size: int) -> Imag
     return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def nearest(image: Image.Image, scenes: Sequence[Scene], size: int = 32, renders: int = 8) -> int:
-    """The index of the scene with the least squared distance to an image; right for relations, without a network."""
-    pixels = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BOX), np.float32)
-    distances = [min(np.square(np.asarray(render(scene, seed, size), np.float32) - pixels).mean()
-                     for seed in range(renders)) for scene in scenes]  # fmt: skip
-    return int(np.argmin(distances))
-
-
 def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     """Centres as fractions of the side: one thing near the middle, two on either side of it.
 

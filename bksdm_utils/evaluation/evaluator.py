@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from ..data.examples import Skipped
-from ..data.rendering import nearest
 from ..data.scenes import ATTRIBUTES, Scene
 from ..files import ROOT, folder_lock, in_threads, write_json
 from . import metrics
@@ -30,7 +29,7 @@ from .networks import MetricClip, Network
 from .prompts import Prompt, find_data, storybook_scene
 from .protocols import PROTOCOLS
 
-VERSION = 4  # of how features and scores are computed: those of another version are not read
+VERSION = 5  # of how features and scores are computed: those of another version are not read
 FEW = 10_000  # a FID of fewer images is hardly comparable
 FEWEST = 20  # fewer images are not scored
 REAL = ("statistics (.npz), a folder or a .zip of real images. COCO's: python -m bksdm_utils download coco_statistics "
@@ -242,23 +241,12 @@ def _inception_score(images: ScoredImages) -> Score:
 
 
 def _attribute(images: ScoredImages, attribute: str) -> Score | None:
-    """Accuracy of an attribute of single objects by the CLIP model."""
-    single = [i for i, scene in enumerate(images.scenes) if len(scene.things) == 1]
-    if not single:
+    """Accuracy of an attribute by the CLIP model, over the images that show it."""
+    chosen = metrics.showing(images.scenes, attribute)
+    if not chosen:
         return None
-    scenes = [images.scenes[i] for i in single]
-    return mean_score(metrics.correct_attribute(images.clip, images.embeddings[single], scenes, attribute))
-
-
-def _relation(images: ScoredImages) -> Score | None:
-    """Accuracy of the relation of two objects by the nearest render."""
-
-    def shown(i: int) -> bool:
-        options = images.scenes[i].alternatives("relation")
-        return nearest(images.open(i), options) == options.index(images.scenes[i])
-
-    pairs = [i for i, scene in enumerate(images.scenes) if scene.relation]
-    return mean_score(list(in_threads(shown, pairs))) if pairs else None
+    scenes = [images.scenes[i] for i in chosen]
+    return mean_score(metrics.correct_attribute(images.clip, images.embeddings[chosen], scenes, attribute))
 
 
 # name -> function of the images; None where it does not apply to them
@@ -267,8 +255,7 @@ SCORES: dict[str, Callable[[ScoredImages], Score | None]] = {
     "kid": _kid,
     "inception_score": _inception_score,
     "clip_score": lambda images: mean_score(images.cosines),
-    **{attribute: partial(_attribute, attribute=attribute) for attribute in ATTRIBUTES},
-    "relation": _relation,
+    **{attribute: partial(_attribute, attribute=attribute) for attribute in (*ATTRIBUTES, "relation")},
 }
 
 
@@ -281,8 +268,8 @@ def by_short_name(paths: Sequence[str]) -> dict[str, str]:
 
 
 def distance_to(teacher: Path, folder: Path, prompts: Sequence[Prompt]) -> Score:
-    """How far a model's images are from the teacher's of the same prompts and noise: root mean square over pixels, in
-    grey levels of 255, averaged over the images that are complete in both folders.
+    """How far a model's images are from the teacher's of the same prompts and noise: `metrics.pixel_distance`, averaged
+    over the images that are complete in both folders.
 
     Raises:
         ValueError: there are none, or an image was sampled from another text than its prompt's.
@@ -292,7 +279,6 @@ def distance_to(teacher: Path, folder: Path, prompts: Sequence[Prompt]) -> Score
         raise ValueError(f"{folder} and {teacher} have no image in common: sample the same prompts in both")
 
     def distance(id: str) -> float:
-        one, other = (np.asarray(Image.open(image_path(f, id)).convert("RGB"), np.float32) for f in (folder, teacher))
-        return float(np.sqrt(np.square(one - other).mean()))
+        return metrics.pixel_distance(*(Image.open(image_path(part, id)) for part in (folder, teacher)))
 
     return mean_score(list(in_threads(distance, [prompt.id for prompt in prompts if prompt.id in both])))

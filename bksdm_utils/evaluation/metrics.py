@@ -158,14 +158,26 @@ def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 
 
 def zero_shot_accuracy(clip: MetricClip, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of storybook images of one object, which are unambiguous, whose size, colour, object and place the CLIP
-    model names correctly among all alternatives.
+    """Share of storybook images whose size, colour, object, place and relation the CLIP model names correctly among
+    all alternatives, each over the images that `showing` gives.
     """
-    chosen = [i for i, scene in enumerate(scenes) if len(scene.things) == 1]
-    if not chosen:
-        raise ValueError("no image of a single object among the scenes: give more scenes")
-    embeddings, singles = clip.images([images[i] for i in chosen]), [scenes[i] for i in chosen]
-    return {name: float(correct_attribute(clip, embeddings, singles, name).mean()) for name in ATTRIBUTES}
+    embeddings, accuracies = clip.images(images), {}
+    for name in (*ATTRIBUTES, "relation"):
+        if chosen := showing(scenes, name):
+            correct = correct_attribute(clip, embeddings[chosen], [scenes[i] for i in chosen], name)
+            accuracies[name] = float(correct.mean())
+    return accuracies
+
+
+def pixel_distance(image: Image.Image, other: Image.Image) -> float:
+    """Root mean square over pixels and channels, in grey levels of 255."""
+    one, other = (np.asarray(part.convert("RGB"), np.float32) for part in (image, other))
+    return float(np.sqrt(np.square(one - other).mean()))
+
+
+def showing(scenes: Sequence[Scene], attribute: str) -> list[int]:
+    """The scenes that show an attribute unambiguously: one object, or for the relation two."""
+    return [i for i, scene in enumerate(scenes) if len(scene.things) == (2 if attribute == "relation" else 1)]
 
 
 def correct_attribute(clip: MetricClip, images: torch.Tensor, scenes: Sequence[Scene], attribute: str) -> np.ndarray:

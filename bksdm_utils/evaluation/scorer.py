@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,7 +17,7 @@ from ..config.shared import prompts_of
 from ..data.rendering import render
 from ..data.scenes import Scene, sample_scene
 from ..models.pipelines import Pipeline
-from .metrics import clip_score, fid, zero_shot_accuracy
+from .metrics import clip_score, fid, pixel_distance, zero_shot_accuracy
 from .networks import MetricClip
 from .sampling import generate
 
@@ -73,13 +74,16 @@ class Scorer:
         """One image for each caption."""
         return generate(pipeline, self.captions, **self.sampling.values())
 
-    def scores(self, images: Sequence[Image.Image]) -> dict[str, float]:
-        """CLIP score, and zero-shot accuracies of images of one object; empty without a CLIP model."""
+    def scores(
+        self, images: Sequence[Image.Image], teacher_images: Sequence[Image.Image] | None = None
+    ) -> dict[str, float]:
+        """CLIP score, zero-shot accuracies, mean distance to the teacher's images; empty without a CLIP model."""
         if self.clip is None:
             return {}
         scores = {"clip_score": clip_score(self.clip, images, self.captions)}
-        if any(len(scene.things) == 1 for scene in self.scenes):
-            scores |= zero_shot_accuracy(self.clip, images, self.scenes)
+        scores |= zero_shot_accuracy(self.clip, images, self.scenes)
+        if teacher_images:
+            scores["distance"] = float(np.mean(list(map(pixel_distance, images, teacher_images))))
         return {name: round(value, 4) for name, value in scores.items()}
 
     def validate(self, pipeline: Pipeline, num_inference_steps: int = 10) -> dict[str, float]:

@@ -30,9 +30,9 @@ from ..training.rng import BatchRng
 from . import networks
 from .clip import train_clip, train_text
 from .networks import LATENT_CHANNELS, LATENT_SIZE, SCHEDULE, to_unit
-from .recipes import CONFIGS, RECIPE, Recipe
+from .recipes import RECIPE, Recipe
 from .scoring import accuracies
-from .stages import Batches, encode_captions, encode_images, rendered_images, scenes, train
+from .stages import Batches, encode_captions, encode_images, reconstruction, rendered_images, scenes, train
 
 
 def train_vae(
@@ -75,23 +75,19 @@ def finetune_decoder(
 
 
 def train_unet(
-    output_dir: Path, config: Training, num_scenes: int, device: str = "cpu", recipe: Recipe = RECIPE,
-    size: int | None = None,
-) -> None:  # fmt: skip
-    """Trains the U-Net on the VAE's latents and the frozen text encoder; one caption in ten is empty.
-
-    Args:
-        size: of smaller renders, in pixels, for a U-Net that is trained on afterwards; None is the world's.
-    """
-    text = "text" if "text" in recipe.configs else "clip"
+    output_dir: Path, config: Training, num_scenes: int, device: str = "cpu", recipe: Recipe = RECIPE
+) -> None:
+    """Trains the U-Net on the VAE's latents and the frozen text encoder; one caption in ten is empty."""
     vae = AutoencoderKL.from_pretrained(output_dir / "vae").to(device).eval()
-    world = World(size or recipe.world.size, recipe.unet_pair_share or recipe.world.pair_share)
+    world = replace(recipe.world, pair_share=recipe.unet_pair_share)
     latents = encode_images(vae, rendered_images(range(num_scenes), world=world)) * vae.config.scaling_factor
     captions = [*(scene.caption for scene in scenes(num_scenes, world=world)), ""]
-    hidden_states = encode_captions(output_dir / text, output_dir / text, captions, device)
+    hidden_states = encode_captions(output_dir / "text", output_dir / "text", captions, device)
     scheduler = DDPMScheduler(**SCHEDULE)
     torch.manual_seed(config.seed)
-    unet = _initial_unet(output_dir, recipe, size, text, captions[:4096]).to(device, memory_format=torch.channels_last)
+    unet = networks.new_unet(recipe.world.size // 4).to(memory_format=torch.channels_last)
+    if recipe.start:
+        _start_from(unet, recipe.start, output_dir / "text", captions[:4096])
 
     def batch(rng: BatchRng) -> tuple:
         indices = torch.tensor(rng.indices)
@@ -101,27 +97,17 @@ def train_unet(
         return tuple(part.to(device) for part in parts)
 
     loss = partial(networks.unet_loss, scheduler=scheduler)
-    train(unet, config, output_dir / (f"unet_{size}" if size else "unet"), loss, Batches(num_scenes, batch))
+    train(unet.to(device), config, output_dir / "unet", loss, Batches(num_scenes, batch))
 
 
-def _initial_unet(
-    output_dir: Path, recipe: Recipe, size: int | None, text: str, captions: Sequence[str]
-) -> UNet2DConditionModel:
-    """The U-Net of the stage before, or of the teacher the recipe starts from, or one of random weights."""
-    unet, before = networks.new_unet((size or recipe.world.size) // 4, recipe.channels), output_dir / "unet_64"
-    if size is None and "unet_64" in recipe.configs:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(before).state_dict())
-    elif recipe.start:
-        start = recipe.start
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet").state_dict())
-        old = encode_captions(start / "tokenizer", start / "text_encoder", captions)
-        networks.translate_text(unet, old, encode_captions(output_dir / text, output_dir / text, captions))
-    return unet
+def _start_from(unet: UNet2DConditionModel, pipeline: Path, text: Path, captions: Sequence[str]) -> None:
+    """Takes the U-Net of another pipeline over, fitted to the new text encoder."""
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(pipeline / "unet").state_dict())
+    old = encode_captions(pipeline / "tokenizer", pipeline / "text_encoder", captions)
+    networks.translate_text(unet, old, encode_captions(text, text, captions))
 
 
-STAGES = tuple(CONFIGS)  # of the committed teacher
-_TRAIN = {"vae": train_vae, "text": train_text, "clip": train_clip, "unet_64": partial(train_unet, size=64),
-          "unet": train_unet, "decoder": finetune_decoder}  # fmt: skip
+_TRAIN = {"vae": train_vae, "text": train_text, "clip": train_clip, "unet": train_unet, "decoder": finetune_decoder}
 
 
 def pipeline(output_dir: Path) -> StableDiffusionPipeline:
@@ -157,22 +143,17 @@ def export(output_dir: Path, destination: Path, recipe: Recipe = RECIPE) -> None
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(destination / "clip")
 
 
-@torch.no_grad()
-def _reconstruction(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    return vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
-
-
 def reconstruction_psnr(vae: AutoencoderKL, num_images: int = 256, world: World = WORLD) -> float:
     """Mean PSNR in dB over held-out images encoded and decoded by the VAE."""
     images = to_unit(rendered_images(range(num_images), "test", world)).to(vae.device)
-    errors = (_reconstruction(vae, images) - images).square().mean((1, 2, 3))
+    errors = (reconstruction(vae, images) - images).square().mean((1, 2, 3))
     return (10 * torch.log10(4 / errors)).mean().item()
 
 
 def autoencode(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Images encoded and decoded by the VAE."""
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
-    decoded = _reconstruction(vae, to_unit(pixels).to(vae.device))
+    decoded = reconstruction(vae, to_unit(pixels).to(vae.device))
     return VaeImageProcessor().postprocess(decoded)
 
 

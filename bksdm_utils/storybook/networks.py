@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torchvision.transforms.functional import gaussian_blur
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPOutput
 
@@ -29,6 +30,23 @@ SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 def to_unit(images: torch.Tensor) -> torch.Tensor:
     """uint8 images to floats in -1 … 1, as the VAE takes them."""
     return images.float() / 127.5 - 1
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Floats in -1 … 1 to uint8 images on the CPU."""
+    return ((images.cpu() + 1) * 127.5).round().to(torch.uint8)
+
+
+def degraded(images: torch.Tensor, decoded: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+    """Of a batch a third as rendered, a third as the autoencoder decodes it, a third blurred.
+
+    Args:
+        images, decoded: (B, 3, H, W) uint8.
+        kind: (B,) in [0, 1), which chooses.
+    """
+    kind, sharp = kind.view(-1, 1, 1, 1), images.float()
+    blurred = gaussian_blur(sharp, 5, 0.3 + 0.7 * kind[0].item())
+    return torch.where(kind < 1 / 3, sharp, torch.where(kind < 2 / 3, decoded.float(), blurred))
 
 
 def to_clip(images: torch.Tensor) -> torch.Tensor:
@@ -70,10 +88,10 @@ def new_vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def new_unet(latent_size: int = LATENT_SIZE, channels: Sequence[int] = (32, 64, 128, 128)) -> UNet2DConditionModel:
+def new_unet(latent_size: int = LATENT_SIZE, channels: Sequence[int] = (32, 64, 64)) -> UNet2DConditionModel:
     """SD-v1's block types, so that every line of surgery is the same: cross attention in all but the last stage.
 
-    8.7 M parameters with the four stages given, 2.2 M with (32, 64, 64).
+    2.2 M parameters with the channels given.
     """
     attentions = len(channels) - 1
     return UNet2DConditionModel(
@@ -188,10 +206,10 @@ def decoder_loss(vae: torch.nn.Module, latents: torch.Tensor, images: torch.Tens
     return {"loss": loss, "psnr": 10 * torch.log10(4 / error.square().mean())}
 
 
-def hard_negatives(scene: Scene, rng: random.Random, layouts: int = 1) -> list[Scene]:
-    """Scenes a word away: two with another object, which is hardest to see, one more change, other layouts."""
+def hard_negatives(scene: Scene, rng: random.Random) -> list[Scene]:
+    """Scenes a word away: two with another object, which is hardest to see, one more change, two other layouts."""
     changes = [_another_value(scene, kind, rng) for kind in ("object", "object", rng.choice(ATTRIBUTES))]
-    return [*changes, *(_another_layout(scene, rng) for _ in range(layouts))]
+    return [*changes, _another_layout(scene, rng), _another_layout(scene, rng)]
 
 
 def _another_value(scene: Scene, attribute: str, rng: random.Random) -> Scene:
@@ -213,30 +231,20 @@ def _another_layout(scene: Scene, rng: random.Random) -> Scene:
 
 
 def clip_loss(
-    clip: torch.nn.Module, images: torch.Tensor, token_ids: torch.Tensor, meaning: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """CLIP's symmetric contrast, the captions of the batch joined by hard negatives.
-
-    Args:
-        images: (B, 3, H, W), as `to_clip` gives them.
-        token_ids: (B·K, MAX_TOKENS), the first B are the true captions in the order of the images.
-        meaning: (B·K,) one number per distinct caption; a text that equals another's true caption is no negative to it.
-    """
-    return _contrast(clip(input_ids=token_ids, pixel_values=images), meaning)
-
-
-def layout_clip_loss(
     model: LayoutHead, images: torch.Tensor, token_ids: torch.Tensor, meaning: torch.Tensor, classes: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """`clip_loss`, and the layout told by the vision tower's first token and, a layer earlier, by its patches.
+    """`contrast`, and the layout predicted from the vision tower's first token and, a layer earlier, from its patches.
 
     The patches bind a thing's attributes to each other before the last layer gathers them: as `layout_tokens` in texts.
 
     Args:
+        images: (B, 3, H, W), as `to_clip` gives them.
+        token_ids: (B·K, MAX_TOKENS), the first B are the true captions in the order of the images.
+        meaning: (B·K,), see `contrast`.
         classes: (B, 16), `layout_classes` of the images.
     """
     output = model.clip(input_ids=token_ids, pixel_values=images, output_hidden_states=True)
-    losses, vision = _contrast(output, meaning), output.vision_model_output
+    losses, vision = contrast(output, meaning), output.vision_model_output
     whole, parts = map(model.clip.vision_model.post_layernorm, (vision.last_hidden_state, vision.hidden_states[-2]))
     losses |= {"layout": model.loss(whole[:, 0], classes), "patches": model.loss(side_states(parts), classes)}
     return {**losses, "loss": losses["loss"] + losses["layout"] + losses["patches"]}
@@ -256,7 +264,12 @@ def side_states(states: torch.Tensor) -> torch.Tensor:
     return torch.stack([*(side for side in sides for _ in ATTRIBUTE_VALUES), states[:, 0]], dim=1)
 
 
-def _contrast(output: CLIPOutput, meaning: torch.Tensor) -> dict[str, torch.Tensor]:
+def contrast(output: CLIPOutput, meaning: torch.Tensor) -> dict[str, torch.Tensor]:
+    """CLIP's symmetric contrast, the captions of the batch joined by hard negatives.
+
+    Args:
+        meaning: (B·K,) one number per distinct caption; a text that equals another's true caption is no negative to it.
+    """
     logits = output.logits_per_image  # (B, B·K)
     size, target = len(logits), torch.arange(len(logits), device=logits.device)
     same = meaning[None] == meaning[:size, None]

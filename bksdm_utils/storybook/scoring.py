@@ -25,12 +25,12 @@ def accuracies(clip: MetricClip, images: Sequence[Image.Image], scenes: Sequence
 
 
 def pair_accuracy(clip: MetricClip, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Shares of images of two things whose relation, objects and colours (means of both) the CLIP names correctly."""
+    """Shares of images of two things whose objects and colours (means of both) the CLIP names correctly."""
     chosen = [i for i, scene in enumerate(scenes) if scene.relation]
     pairs, embeddings = [scenes[i] for i in chosen], clip.images([images[i] for i in chosen])
     views = [pairs, [replace(scene, things=scene.things[::-1], relation=OPPOSITE[scene.relation]) for scene in pairs]]
     return {f"pair_{name}": float(np.mean([correct_attribute(clip, embeddings, view, name) for view in views]))
-            for name in ("relation", "object", "colour")}  # fmt: skip
+            for name in ("object", "colour")}  # fmt: skip
 
 
 def drawn_once(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> float:

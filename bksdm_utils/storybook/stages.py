@@ -79,6 +79,12 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def reconstruction(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Images in -1 … 1, encoded and decoded."""
+    return vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
 def encode_captions(tokenizer: Path, text_encoder: Path, captions: Sequence[str], device: str = "cpu") -> torch.Tensor:
     """Hidden states of captions, (N, MAX_TOKENS, 96), on the CPU, by a tokenizer and a text encoder in folders."""
     encoder = CLIPTextModel.from_pretrained(text_encoder, torch_dtype=torch.float32).to(device).eval()

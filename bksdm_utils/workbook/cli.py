@@ -188,23 +188,20 @@ def subjects() -> None:
 @click.option("--destination", type=click.Path(path_type=Path), default="data/storybook", help="Where export writes.")
 @click.option("--max-train-steps", type=int, help="Of each stage, to try it out.")
 @click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
-@click.option("--recipe", default="four_stages", help="four_stages (the committed teacher) or three_stages.")
 @click.option("--start", type=click.Path(path_type=Path), help="A pipeline whose U-Net is trained on.")
 def storybook(
-    stages: tuple[str, ...], output_dir: Path, destination: Path, max_train_steps: int | None, device: str, recipe: str,
+    stages: tuple[str, ...], output_dir: Path, destination: Path, max_train_steps: int | None, device: str,
     start: Path | None,
 ):  # fmt: skip
     """Make the embedded teacher, stage by stage; each resumes where it was stopped. Without a stage, list them."""
     from ..storybook.making import make
-    from ..storybook.recipes import RECIPES
+    from ..storybook.recipes import RECIPE
 
-    if recipe not in RECIPES:
-        raise click.BadParameter(f"{recipe} is none of {', '.join(RECIPES)}", param_hint="--recipe")
-    chosen = replace(RECIPES[recipe], start=start)
     if not stages:
-        click.echo(" ".join([*chosen.configs, "export"]))
+        click.echo(" ".join([*RECIPE.configs, "export"]))
         return
-    make(stages, output_dir, destination, max_train_steps, choose_device(device), recipe=chosen)
+    recipe = replace(RECIPE, start=start)
+    make(stages, output_dir, destination, max_train_steps, choose_device(device), recipe=recipe)
 
 
 @main.command()

@@ -22,7 +22,7 @@ RUN = {"notebook": "notebook", "preset": "preset", "variant": "variant", "folder
 STUDENT = {"preset": "preset", "variant": "variant", "metrics.steps": "steps", "config.seed": "seed",
            "settings": "settings", "folder": "folder", "metrics.params": "parameters",
            **{f"metrics.{name}.clip_score": name for name in ("teacher", "before", "after", "recovered")},
-           **{f"metrics.after.{name}": name for name in ("object", "colour", "place")},
+           **{f"metrics.after.{name}": name for name in ("distance", "object", "colour", "place", "relation")},
            "metrics.seconds_trained": "minutes"}  # fmt: skip
 EQUAL = ["preset", "variant", "parameters", "steps", "settings"]  # in students that differ in nothing but their seed
 COMPARABLE = ["preset", "protocol", "captions", "settings"]  # where equal, models may be compared
@@ -38,8 +38,8 @@ NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "pro
               "gradient_checkpointing", "channels_last", "compiled", "tf32", "low_precision_norms"}  # fmt: skip
 FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
-           **dict.fromkeys(("recovered", "object", "colour", "place"), "{:.0%}"),
-           "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
+           **dict.fromkeys(("recovered", "object", "colour", "place", "relation"), "{:.0%}"),
+           "distance": "{:.1f}", "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
 Groups = dict[str, dict[str, dict[str, float]]]  # as `tradeoff` takes them
 
 

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from ..config.surgery import Budget
 from ..core.copying import CopyReport, empty_unet, weight_map
 from ..core.losses import prediction_distance
 from ..core.plans import RemovalPlan, identity_plan, removals, resolve_plan, student_config
 from ..core.surgery import build_student, random_unet
+from ..costs.budget import BudgetSearch
 from ..costs.counting import Costs, ModuleCosts, count
 from ..costs.measuring import Latency, block_latency, interleaved_latency, peak_memory
 from ..evaluation.scorer import Scorer
@@ -237,6 +239,28 @@ class RemovalScan:
             saved = {f"{cost} saved": 1 - measures[cost] for cost in SHARES}
             rows[unit] = {"distance to the teacher": measures["distance"], **lost, **saved}
         return rows
+
+    def budgeted(self, search: BudgetSearch, named: Mapping[str, RemovalPlan], budget: Budget | None) -> list[dict]:
+        """The plan searched within a budget, or within each named plan's MACs beside it: costs and output losses."""
+        budgets = [budget] if budget else [
+            Budget("macs", math.ceil(1000 * search.share(plan, "macs")) / 1000) for plan in named.values()
+        ]  # fmt: skip
+        found = {result.plan.name: result.plan for result in (search.within(*budget) for budget in budgets)}
+        return [{"plan": plan, "name": name, "MACs": search.share(plan, "macs"),
+                 "parameters": search.share(plan, "params"), "predicted loss": search.predicted(plan),
+                 "measured loss": self.distance(plan)} for name, plan in {**named, **found}.items()]  # fmt: skip
+
+    def additivity(self, search: BudgetSearch, number: int = 24) -> Figure:
+        """The measured output loss of plans against the sum of their removals' losses, which the search goes by."""
+        chosen = search.choices[1 :: max(1, len(search.choices) // number)]
+        points = [(loss, self.distance(plan)) for loss, _, plan in chosen]
+        figure, axis = plt.subplots(figsize=(4.2, 3.4), layout="tight")
+        axis.loglog(*zip(*points, strict=True), "o", color="#4c78a8")
+        ends = [min(map(min, points)), max(map(max, points))]
+        axis.plot(ends, ends, "--", color="#c9d1da", label="equal")
+        axis.set(xlabel="sum of the single removals' losses", ylabel="measured loss")
+        axis.legend()
+        return figure
 
     def points(self, groups: Mapping[str, Mapping[str, Removal]]) -> dict:
         """Score and costs of every group's students, for `tradeoff`."""

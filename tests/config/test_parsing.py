@@ -48,6 +48,8 @@ def accepted_and_refused(kind, name):
         good, bad = [("a word", "a word")], [7, 0.5, True, {"a": 1}]
         if name == "preset":
             good, bad = [("sd-v1.4", "sd-v1.4")], [*bad]
+        if name == "budget":
+            good, bad = [("macs:0.6", "macs:0.6"), ("params:.5", "params:.5")], [*bad, "a word", "macs:2"]
     if several:
         good = [(value, (parsed,)) for value, parsed in good if not isinstance(value, list)]
         good += [([value for value, _ in good], tuple(p for _, (p,) in good))]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bksdm_utils.data.rendering import nearest, render
+from bksdm_utils.data.rendering import render
 from bksdm_utils.data.scenes import ATTRIBUTES, COLOURS, COMBINATIONS, OBJECTS, PLACES, Scene, Thing, sample_scene
 
 
@@ -56,12 +56,6 @@ def test_the_left_thing_is_on_the_left():
     image = np.asarray(render(Scene(pair, "on a meadow", "left of"), 2)).astype(int)
     redness = image[..., 0] - image[..., 2]
     assert redness[:, :32].mean() > redness[:, 32:].mean() + 20
-
-
-def test_the_nearest_scene_is_the_one_rendered():
-    scene = next(scene for scene in map(sample_scene, range(50)) if scene.relation)
-    options = scene.alternatives("relation")
-    assert nearest(render(scene, 100), options) == options.index(scene)
 
 
 def test_an_unknown_split_is_an_error():

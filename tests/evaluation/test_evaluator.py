@@ -52,7 +52,7 @@ def test_real_renders_have_the_scores_of_real_images(evaluator, tmp_path):
     assert list(evaluation.scores) == list(module.SCORES)
     accuracies = ("size", "colour", "object", "place", "relation")
     assert min(evaluation.scores[name].value for name in accuracies) > 0.95
-    assert evaluation.scores["fid"].value < 12
+    assert evaluation.scores["fid"].value < 20
     assert abs(evaluation.scores["kid"].value) < 4 * evaluation.scores["kid"].error
     captions, opened = zip(*images.values(), strict=True)
     expected = clip_score(evaluator.clip, opened, captions)

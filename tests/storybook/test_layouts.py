@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bksdm_utils.core.plans import VARIANTS, student_config
-from bksdm_utils.data.scenes import OPPOSITE, RELATIONS, Scene, Thing, World, sample_scene
+from bksdm_utils.data.scenes import OPPOSITE, RELATIONS, Scene, Thing, sample_scene
 from bksdm_utils.storybook import clip
 from bksdm_utils.storybook.networks import (
     LAYOUT_CLASSES,
@@ -19,7 +19,6 @@ from bksdm_utils.storybook.networks import (
     text_layout_loss,
     translate_text,
 )
-from bksdm_utils.storybook.recipes import RECIPES
 
 PAIR = Scene((Thing("big", "white", "star"), Thing("small", "green", "cat")), "by day", "left of")
 
@@ -72,10 +71,9 @@ def test_each_class_is_told_by_the_patches_of_its_own_side():
 
 
 def test_a_trained_text_tower_stays_as_it_is(tokenizer, tmp_path):
-    recipe = RECIPES["three_stages_96"]
-    new_clip(tokenizer, recipe.world.size).save_pretrained(tmp_path / "text")
-    tokenizer.save_pretrained(tmp_path / "text")
-    model, _ = clip._initial(tmp_path, [PAIR], recipe)
+    new_clip(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = clip._initial(tmp_path)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any(name.startswith("clip.vision_model") for name in trained)
     assert not any(name.startswith("clip.text_model") for name in trained)
@@ -98,7 +96,3 @@ def test_a_unet_fitted_to_another_text_encoder_predicts_the_same():
         assert not torch.allclose(unet(latents, timesteps, new[:2]).sample, before, atol=1e-4)
         translate_text(unet, old, new)
         torch.testing.assert_close(unet(latents, timesteps, new[:2]).sample, before, atol=1e-4, rtol=1e-4)
-
-
-def test_images_of_96_pixels_are_a_setting():
-    assert RECIPES["three_stages_96"].world == World(size=96, pair_share=0.5)

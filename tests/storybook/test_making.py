@@ -9,15 +9,15 @@ from diffusers import DDPMScheduler
 from bksdm_utils.data.scenes import sample_scene
 from bksdm_utils.models.pipelines import load_pipeline
 from bksdm_utils.storybook import making
-from bksdm_utils.storybook.networks import SCHEDULE, clip_loss, hard_negatives, new_tokenizer, unet_loss
-from bksdm_utils.storybook.recipes import RECIPES
+from bksdm_utils.storybook.networks import SCHEDULE, contrast, degraded, hard_negatives, new_tokenizer, unet_loss
+from bksdm_utils.storybook.recipes import RECIPE
 
 
 def test_hard_negatives_are_false_and_near():
     rng = random.Random(0)
     for scene in map(sample_scene, range(100)):
         words = scene.caption.split()
-        for negative in hard_negatives(scene, rng, layouts=2):
+        for negative in hard_negatives(scene, rng):
             other = negative.caption.split()
             assert other != words
             swapped = sorted(other) == sorted(words)
@@ -25,11 +25,8 @@ def test_hard_negatives_are_false_and_near():
 
 
 def test_a_text_equal_to_another_caption_is_no_negative():
-    class Fixed(torch.nn.Module):
-        def forward(self, input_ids, pixel_values):
-            return type("Output", (), {"logits_per_image": torch.tensor([[5.0, 9.0, 0.0], [1.0, 7.0, 0.0]])})
-
-    loss = clip_loss(Fixed(), torch.zeros(2), torch.zeros(3), torch.tensor([0, 0, 1]))
+    output = type("Output", (), {"logits_per_image": torch.tensor([[5.0, 9.0, 0.0], [1.0, 7.0, 0.0]])})
+    loss = contrast(output, torch.tensor([0, 0, 1]))
     assert loss["accuracy"] == 1.0  # text 1 outscores text 0 for image 0, but both say the same
 
 
@@ -40,11 +37,18 @@ def test_the_tokenizer_writes_any_text():
     assert tokenizer.unk_token_id not in tokenizer("zebra ☃ 123").input_ids[1:-1]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.nightly if name == "three_stages" else
-                                               pytest.mark.slow) for name in RECIPES])  # fmt: skip
-def test_making_runs_every_stage_and_resumes(name, tmp_path, monkeypatch):
+def test_a_third_of_a_clips_images_is_rendered_decoded_and_blurred():
+    images, decoded = torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.full((3, 3, 8, 8), 9, dtype=torch.uint8)
+    images[:, :, 4, 4] = 255
+    rendered, through_vae, blurred = degraded(images, decoded, torch.tensor([0.1, 0.5, 0.9]))
+    assert rendered.equal(images[0].float()) and through_vae.equal(decoded[1].float())
+    assert 0 < blurred[0, 4, 4] < 255 and blurred[0, 4, 5] > 0 and blurred.mean() == pytest.approx(255 / 64)
+
+
+@pytest.mark.slow
+def test_making_runs_every_stage_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(making, "score", lambda *_, **__: None)
-    recipe, made, kept = RECIPES[name], tmp_path / "made", tmp_path / "kept"
+    recipe, made, kept = RECIPE, tmp_path / "made", tmp_path / "kept"
     small = {stage: config.but(batch_size=2) for stage, config in recipe.configs.items()}
     for stage in small:
         for steps in (20, 40):
@@ -53,13 +57,13 @@ def test_making_runs_every_stage_and_resumes(name, tmp_path, monkeypatch):
     making.make(["export"], made, kept, recipe=recipe)
     pipeline = load_pipeline(kept / "teacher")
     assert pipeline("a cat", num_inference_steps=4).images[0].size == (recipe.world.size, recipe.world.size)
-    assert list(pipeline.unet.config.block_out_channels) == list(recipe.channels)
+    assert list(pipeline.unet.config.block_out_channels) == [32, 64, 64]
     index = json.loads((tmp_path / "kept" / "teacher" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vea: expected vae, clip"):
+    with pytest.raises(ValueError, match="vea: expected vae, text"):
         making.make(["vae", "vea"], tmp_path, tmp_path)
 
 
