@@ -3,10 +3,12 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from bksdm_utils.config.surgery import ArchitectureSurgery
 from bksdm_utils.config.training import KDTraining
 from bksdm_utils.core.surgery import build_student
+from bksdm_utils.data.scenes import ATTRIBUTES
 from bksdm_utils.evaluation import scorer as module
 from bksdm_utils.evaluation.scorer import PROMPTS, Scorer
 from bksdm_utils.files import ROOT
@@ -52,8 +54,16 @@ def test_the_committed_scores_are_high_enough():
     scores = json.loads((STORYBOOK / "scores.json").read_text())
     assert scores["num_images"] == 256 and scores["psnr"] >= 26
     assert scores["teacher"]["clip_score"] >= 0.9 * scores["real"]["clip_score"]
-    assert scores["teacher"]["object"] >= 0.85 and scores["teacher"]["colour"] >= 0.9
-    assert scores["teacher"]["place"] >= 0.95
+    needed = {"object": 0.9, "colour": 0.95, "place": 0.98, "relation": 0.75, "drawn_once": 0.9}
+    assert all(scores["teacher"][name] >= least for name, least in needed.items())
+    assert min(scores["real"][name] for name in ATTRIBUTES) >= 0.97 and scores["real"]["relation"] >= 0.9
+
+
+def test_the_distance_to_the_teachers_images_is_in_grey_levels():
+    scorer = Scorer(KDTraining.filled(num_images=2))
+    black, grey = ([Image.new("RGB", (64, 64), colour)] * 2 for colour in ("black", (10, 10, 10)))
+    assert scorer.scores(grey, black)["distance"] == 10 and scorer.scores(grey, grey)["distance"] == 0
+    assert "distance" not in scorer.scores(grey)
 
 
 def test_the_committed_teacher_is_small():
