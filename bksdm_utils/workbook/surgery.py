@@ -241,14 +241,22 @@ class RemovalScan:
         return rows
 
     def budgeted(self, search: BudgetSearch, named: Mapping[str, RemovalPlan], budget: Budget | None) -> list[dict]:
-        """The plan searched within a budget, or within each named plan's MACs beside it: costs and output losses."""
-        budgets = [budget] if budget else [
-            Budget("macs", math.ceil(1000 * search.share(plan, "macs")) / 1000) for plan in named.values()
-        ]  # fmt: skip
-        found = {result.plan.name: result.plan for result in (search.within(*budget) for budget in budgets)}
-        return [{"plan": plan, "name": name, "MACs": search.share(plan, "macs"),
+        """Named plans, and plans searched within a budget or within each named plan's MACs: costs and output losses."""
+        shares = {name: search.share(plan, "macs") for name, plan in named.items()}
+        budgets = {"budget": budget} if budget else {
+            name: Budget("macs", math.ceil(1000 * share) / 1000) for name, share in shares.items()
+        }  # fmt: skip
+        plans = [("", plan) for plan in named.values()]
+        plans += [(name, search.within(*budget).plan) for name, budget in budgets.items()]
+        return [{"name": plan.name, "beside": beside, "plan": plan, "MACs": search.share(plan, "macs"),
                  "parameters": search.share(plan, "params"), "predicted loss": search.predicted(plan),
-                 "measured loss": self.distance(plan)} for name, plan in {**named, **found}.items()]  # fmt: skip
+                 "measured loss": self.distance(plan)} for beside, plan in plans]  # fmt: skip
+
+    @staticmethod
+    def searched_lose_less(rows: Sequence[Mapping]) -> bool:
+        """Whether no searched plan has a higher measured loss than the named plan it stands beside."""
+        losses = {row["name"]: row["measured loss"] for row in rows}
+        return all(row["measured loss"] <= losses[row["beside"]] for row in rows if row["beside"] in losses)
 
     def additivity(self, search: BudgetSearch, number: int = 24) -> Figure:
         """The measured output loss of plans against the sum of their removals' losses, which the search goes by."""

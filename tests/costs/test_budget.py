@@ -9,7 +9,7 @@ import torch
 from bksdm_utils.config.presets import PRESETS
 from bksdm_utils.config.surgery import ArchitectureSurgery
 from bksdm_utils.core.losses import prediction_distance
-from bksdm_utils.core.plans import attention_depths, identity_plan, layers_per_stage, named_plans
+from bksdm_utils.core.plans import attention_depths, layers_per_stage, named_plans
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.costs import budget
 from bksdm_utils.evaluation.scorer import Scorer
@@ -28,7 +28,7 @@ def rough_count(config):
 
 
 def loss_of(plan):
-    return random.Random(plan.name).random()
+    return random.Random(str(plan)).random()
 
 
 @pytest.fixture(params=["storybook", "sd-v1.4", "sdxl-base"])
@@ -38,13 +38,14 @@ def search(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", budget.COSTS)
-def test_a_plan_is_within_its_budget_and_no_cheaper_sum_is(search, kind):
+def test_a_plan_is_within_its_budget_and_the_best_of_the_least_sums(search, kind):
     rng = random.Random(0)
     cheapest = min(search.share(plan, kind) for _, _, plan in search.choices)
     for share in [rng.uniform(cheapest, 1) for _ in range(10)]:
         found = search.within(kind, share)
-        others = [plan for loss, _, plan in search.choices if loss < found.predicted]
-        assert found.share <= share and all(search.share(plan, kind) > share for plan in others)
+        allowed = [(loss, plan) for loss, _, plan in search.choices if search.share(plan, kind) <= share]
+        best = min((loss_of(plan), predicted) for predicted, plan in allowed[: budget.MEASURED])
+        assert found.share <= share and (found.measured, found.predicted) == best
         assert found.plan.name == f"budget_{kind}_{share:g}" and found.predicted == search.predicted(found.plan)
 
 
@@ -64,10 +65,6 @@ def test_depths_of_sdxl_are_chosen_too(monkeypatch):
 def test_a_budget_that_nobody_can_meet_names_the_cheapest_plan(search):
     with pytest.raises(ValueError, match=r"budget macs:0.01: .* the cheapest has 0\.\d+ of its macs"):
         search.within("macs", 0.01)
-
-
-def test_all_of_the_cost_is_the_teacher(search):
-    assert search.within("macs", 1.0).plan.stages == identity_plan(search.config).stages
 
 
 @pytest.mark.parametrize("text", ["macs:0.6", "params:.5", "macs:1", "macs:1.0"])
