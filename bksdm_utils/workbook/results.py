@@ -38,8 +38,8 @@ NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "pro
               "gradient_checkpointing", "channels_last", "compiled", "tf32", "low_precision_norms"}  # fmt: skip
 FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
-           **dict.fromkeys(("recovered", "object", "colour", "place", "relation"), "{:.0%}"),
-           "distance": "{:.1f}", "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
+           "recovered": "{:.0%}", "distance": "{:.1f}",
+           **dict.fromkeys(("object", "colour", "place", "relation"), "{:.0%}"), "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
 Groups = dict[str, dict[str, dict[str, float]]]  # as `tradeoff` takes them
 
 
@@ -102,6 +102,7 @@ def over_seeds(students: pd.DataFrame) -> pd.DataFrame:
         known = group[[name for name in FORMATS if name in group and name not in EQUAL]].dropna(axis=1, how="all")
         rows.append(dict(zip(EQUAL, key, strict=True)) | {"seeds": len(group)} | known.apply(summary).to_dict())
     averaged = pd.DataFrame(rows, columns=None if rows else [*EQUAL, "seeds"])
+    averaged["parameters"] = averaged["parameters"].map(FORMATS["parameters"].format)
     return averaged if averaged["settings"].any() else averaged.drop(columns="settings")
 
 
