@@ -39,7 +39,8 @@ NO_SETTING = {"preset", "variant", "subject", "class_word", "live", "seed", "pro
 FORMATS = {"parameters": "{:,.0f}", "MACs": "{:.4g}", "latency": "{:.3g}",
            **dict.fromkeys(("teacher", "before", "after"), "{:.3f}"),
            "recovered": "{:.0%}", "distance": "{:.1f}",
-           **dict.fromkeys(("object", "colour", "place", "relation"), "{:.0%}"), "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
+           **dict.fromkeys(("object", "colour", "place", "relation"), "{:.0%}"),
+           "MB": "{:.1f}", "GMACs": "{:.3f}", "minutes": "{:.1f}"}  # fmt: skip
 Groups = dict[str, dict[str, dict[str, float]]]  # as `tradeoff` takes them
 
 
