@@ -49,8 +49,8 @@ STORYBOOK = Preset(
         "CocoEvaluation": {"protocol": "storybook", "num_images": 128, "image_format": "png", "untrained": True},
         # A network this small takes larger steps, and needs more adapters than the paper's two to hold a pattern.
         "DreamBoothTraining": {
-            "resolution": None, "subject": "koi", "identifier": "z", "max_train_steps": 80, "batch_size": 8,
-            "full_learning_rate": 5e-4, "lora_learning_rate": 1.5e-3, "lr_schedule": "cosine", "lr_warmup_steps": 0,
+            "resolution": None, "subject": "koi", "identifier": "z", "max_train_steps": 120, "batch_size": 8,
+            "full_learning_rate": 1e-3, "lora_learning_rate": 3e-3, "lr_schedule": "cosine", "lr_warmup_steps": 0,
             "train_text_encoder": False, "num_class_images": 48, "num_inference_steps": 10,
             "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
         },

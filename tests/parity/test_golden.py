@@ -24,7 +24,7 @@ RUNS = {
     "03": SMALL | {"max_train_steps": 20, "ablation_steps": 3, "num_validation_images": 8, "validation_steps": 10},
     "04": {"num_images": 24, "num_guidance_images": 20, "guidances": "2", "num_inference_steps": 6},
     "05": {"max_train_steps": 6, "num_class_images": 8, "num_images": 1, "num_inference_steps": 6, "drift_steps": 0,
-           "subject": "tabby"},
+           "subject": "tabby", "full_learning_rate": 5e-4, "lora_learning_rate": 1.5e-3},
     "06": SMALL | {"lcm_steps": 6, "few_steps": "4", "formats": "diffusers", "num_inference_steps": 8},
 }  # fmt: skip
 EXACT = ("loss", "loss_task", "loss_output", "loss_feature", "gradient_norm")
