@@ -2,7 +2,7 @@
 
 The criterion is LAPTOP-Diff's (arXiv 2404.11098): the output loss of several removals is predicted by the sum of the
 output losses of each alone. Plans are few enough to be tried all, thousands in SDXL, so nothing is left to a heuristic;
-and because losses do not quite add up, the best few are measured.
+and because losses do not quite add up, the best 64 are measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..core.plans import RemovalPlan, fits, identity_plan, removals, student_con
 from .counting import Costs, count
 
 COSTS = ("params", "macs")  # what a budget may limit, as `counting.Costs` names them
-MEASURED = 16  # plans of the least predicted loss, of which the best is taken
+MEASURED = 64  # plans of the least predicted loss, of which the best is taken
 SLACK = 0.05  # of the teacher's cost: savings do not quite add up, so plans this much too dear are counted exactly
 
 

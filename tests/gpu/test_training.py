@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 FP32 = 1e-5  # relative: AdamW is fused on a GPU, and sums in another order
+LAST_DIGIT = 2e-7  # of fp32: on most CPUs nothing differs at first, some sum a matrix product in another order
 HALF = {"bf16": 1e-2, "fp16": 1e-3}  # of losses; 8 and 11 bits of mantissa
 
 
 @pytest.mark.parametrize("name", ["kd_fp32", "kd_fp32_checkpointing"])
 def test_a_step_in_full_precision_equals_the_cpus(both, name):
     gpu, cpu = both(name)
-    assert gpu["loss"][0] == cpu["loss"][0]  # bit for bit: before the first optimizer step nothing differs
+    assert gpu["loss"][0] == pytest.approx(cpu["loss"][0], rel=LAST_DIGIT)  # before the first optimizer step
     for column in ("loss", "gradient_norm", "student", "ema"):
         assert gpu[column] == pytest.approx(cpu[column], rel=FP32)
     assert gpu["types"] == ["torch.float32"] and not gpu["scaler"] and len(gpu["loss"]) == 2
@@ -28,7 +29,9 @@ def test_half_precision_follows_full_precision_with_full_weights(both, name):
 
 def test_averaged_weights_may_be_on_the_cpu(both):
     gpu, cpu = both("kd_ema_on_the_cpu")
-    assert gpu["loss"][0] == cpu["loss"][0] and gpu["student"] == pytest.approx(cpu["student"], rel=FP32)
+    assert gpu["loss"][0] == pytest.approx(cpu["loss"][0], rel=LAST_DIGIT) and gpu["student"] == pytest.approx(
+        cpu["student"], rel=FP32
+    )
     assert gpu["ema"] == pytest.approx(cpu["ema"], rel=1e-5)  # moved at intervals: nearly the single moves
 
 
