@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import islice, product
+from itertools import product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .counting import Costs, count
 
 COSTS = ("params", "macs")  # what a budget may limit, as `counting.Costs` names them
 MEASURED = 64  # plans of the least predicted loss, of which the best is taken
-SLACK = 0.05  # of the teacher's cost: savings do not quite add up, so plans this much too dear are counted exactly
+SLACK = 1e-9  # of the teacher's cost; savings add up, or in SDXL, whose units overlap, to more than is saved
 
 
 class Found(NamedTuple):
@@ -112,12 +112,11 @@ class BudgetSearch:
         Raises:
             ValueError: no plan is as cheap; the cheapest share is named.
         """
-        near = ((loss, plan) for loss, shares, plan in self.choices if shares[kind] <= budget + SLACK)
-        allowed = ((loss, plan) for loss, plan in near if self.share(plan, kind) <= budget)
-        if best := min(islice(allowed, MEASURED), key=lambda choice: self.loss(choice[1]), default=None):
-            loss, plan = best
-            named = replace(plan, name=f"budget_{kind}_{budget:g}")
-            return Found(named, self.share(plan, kind), loss, self.loss(plan))
+        near = [(loss, plan) for loss, shares, plan in self.choices if shares[kind] <= budget + SLACK]
+        for first in range(0, len(near), MEASURED):
+            for loss, plan in sorted(near[first : first + MEASURED], key=lambda choice: self.loss(choice[1])):
+                if (share := self.share(plan, kind)) <= budget:
+                    return Found(replace(plan, name=f"budget_{kind}_{budget:g}"), share, loss, self.loss(plan))
         cheapest = min(self.choices, key=lambda choice: choice[1][kind])[-1]
         raise ValueError(f"budget {kind}:{budget:g}: no plan of this teacher costs so little; the cheapest has "
                          f"{self.share(cheapest, kind):.3f} of its {kind}")  # fmt: skip

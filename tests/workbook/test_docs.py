@@ -28,7 +28,7 @@ def test_the_readmes_twenty_lines_run_and_give_losses(monkeypatch):
     variables = {}
     exec(code, variables)
     losses = variables["losses"]
-    assert losses.total.isfinite() and len(losses.feature) == len(variables["taps"]) == 8
+    assert losses.total.isfinite() and len(losses.feature) == len(variables["taps"]) == 6
     statements = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
     assert len(statements) <= 20
 
