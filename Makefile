@@ -33,7 +33,7 @@ test-all: .venv/ready ## the slow tests too, without the nightly ones
 test-nightly: .venv/ready ## what needs a second environment or very long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m nightly --durations 20
 
-results: .venv/ready ## the README's table: all three students with three seeds each, about an hour on two cores
+results: .venv/ready ## the README's table: all three students with three seeds each, about forty minutes on two cores
 	$(BIN)/python -m bksdm_utils run 03 -p variant bk_base,bk_small,bk_tiny -p seed 0,1,2 -p ablation_steps 0
 	$(BIN)/python -m bksdm_utils run 07 -p readme README.md
 
