@@ -199,6 +199,17 @@ def test_the_average_follows_fast_at_first_and_slowly_at_last(updates, decay):
     assert average.shadow_params[0].item() == pytest.approx(1 - decay, abs=1e-9)
 
 
+def test_an_average_kept_elsewhere_moves_by_the_same_decays(monkeypatch):
+    values, elsewhere = [torch.nn.Parameter(torch.zeros(3))], [torch.nn.Parameter(torch.empty(3, device="meta"))]
+    beside, apart = Average(values, 0.9999), Average(values, 0.9999)
+    monkeypatch.setattr(apart, "_copies", lambda _: [value.detach() for value in values])
+    for _ in range(30):
+        values[0].data += 1
+        beside.step(values)
+        apart.step(elsewhere, flush=True)
+        torch.testing.assert_close(apart.shadow_params, beside.shadow_params)
+
+
 def test_adapters_add_alpha_over_rank_times_b_a():
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(NARROW)
