@@ -241,8 +241,12 @@ class RemovalScan:
         return rows
 
     def budgeted(self, search: BudgetSearch, named: Mapping[str, RemovalPlan], budget: Budget | None) -> list[dict]:
-        """Named plans, and plans searched within a budget or within each named plan's MACs: costs and output losses."""
-        shares = {name: search.share(plan, "macs") for name, plan in named.items()}
+        """Named plans, and plans searched within a budget or within each named plan's MACs: costs and output losses.
+
+        A named plan that no search could find, with two pairs of a stage removed, has none beside it.
+        """
+        known = {name: plan for name, plan in named.items() if not math.isnan(search.predicted(plan))}
+        shares = {name: search.share(plan, "macs") for name, plan in known.items()}
         budgets = {"budget": budget} if budget else {
             name: Budget("macs", math.ceil(1000 * share) / 1000) for name, share in shares.items()
         }  # fmt: skip

@@ -1,5 +1,6 @@
 """Plans from a budget: within it, of the least predicted loss, and no worse than others when measured."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,13 +10,14 @@ import torch
 from bksdm_utils.config.presets import PRESETS
 from bksdm_utils.config.surgery import ArchitectureSurgery
 from bksdm_utils.core.losses import prediction_distance
-from bksdm_utils.core.plans import attention_depths, layers_per_stage, named_plans
+from bksdm_utils.core.plans import attention_depths, identity_plan, layers_per_stage, named_plans
 from bksdm_utils.core.surgery import build_student
 from bksdm_utils.costs import budget
 from bksdm_utils.evaluation.scorer import Scorer
 from bksdm_utils.models.configs import model_config
 from bksdm_utils.models.pipelines import load_pipeline
 from bksdm_utils.training.encoding import probe_inputs
+from bksdm_utils.workbook.surgery import RemovalScan
 
 
 def rough_count(config):
@@ -67,6 +69,17 @@ def test_depths_of_sdxl_are_chosen_too(monkeypatch):
 def test_a_budget_that_nobody_can_meet_names_the_cheapest_plan(search):
     with pytest.raises(ValueError, match=r"budget macs:0.01: .* the cheapest has 0\.\d+ of its macs"):
         search.within("macs", 0.01)
+
+
+def test_a_named_plan_that_no_search_could_find_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(budget, "count", rough_count)
+    config = {**model_config(PRESETS["storybook"].configs), "layers_per_block": 3}
+    one = named_plans(config)["bk_base"]  # keeps one pair of three in each stage
+    search = budget.BudgetSearch(config, loss_of)
+    scan = SimpleNamespace(distance=loss_of)
+    assert math.isnan(search.predicted(one))
+    rows = RemovalScan.budgeted(scan, search, {"bk_base": one, "teacher": identity_plan(config)}, None)
+    assert [row["beside"] for row in rows] == ["", "", "teacher"] and RemovalScan.searched_lose_less(rows[:2])
 
 
 @pytest.mark.parametrize("text", ["macs:0.6", "params:.5", "macs:1", "macs:1.0"])
